@@ -1,0 +1,14 @@
+"""The one exception a user is meant to read."""
+
+
+class UserError(Exception):
+    """Something the user can mend.
+
+    The message is one line: what is wrong, what was expected, what to do. `jaxeco.run` prints it
+    without a traceback and exits with status 2; anything else that is raised is a bug of ours and
+    keeps its traceback.
+    """
+
+
+class RunFailed(UserError):
+    """A run that was well described but could not be carried through; exits with status 1."""

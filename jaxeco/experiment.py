@@ -1,0 +1,116 @@
+"""What an experiment is: a frozen description from which, with nothing else, a run follows.
+
+Standard library only, so that reading and checking an experiment wakes nothing up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+
+    from jaxeco.data.dataset import Source
+    from jaxeco.losses import Loss
+    from jaxeco.metrics import Metric
+    from jaxeco.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """A stretch of training, in passes over the training data; fractions are allowed."""
+
+    count: float
+
+    def __post_init__(self) -> None:
+        if not self.count > 0:
+            raise ValueError(f"Epochs({self.count}): expected a number above 0")
+
+    def steps(self, steps_per_epoch: int) -> int:
+        return max(1, round(self.count * steps_per_epoch))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A stretch of training, in steps of the optimizer."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"Steps({self.count}): expected at least 1")
+
+    def steps(self, steps_per_epoch: int) -> int:
+        return self.count
+
+
+def _free(default: Any) -> Any:
+    """A field that may differ between a checkpoint and the run that continues from it."""
+    return field(default=default, metadata={"identity": False})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything a run depends on; with `seed` it determines every bit of the result."""
+
+    name: str  # names the run's folder: runs/<name>
+    seed: int = 0  # of initialisation, data order, augmentation and dropout
+
+    train: Source  # what is learnt from
+    evals: Mapping[str, Source] = field(metadata={"identity": False})  # what is measured on, by name
+    preprocess: tuple[Callable[[dict], dict], ...] = ()  # on every batch, in the compiled step
+    augment: tuple[Callable[[Any, dict], dict], ...] = ()  # then, on training batches: (keys_B, batch)
+
+    model: nn.Module
+    loss: Loss
+    eval_loss: Loss | None = _free(None)  # what evaluations report; None: `loss`
+    metrics: tuple[Metric, ...] = _free(())  # beside the loss, in training and evaluation
+    eval_metrics: tuple[Metric, ...] = _free(())  # in evaluation only
+
+    optimizer: Optimizer
+    batch: int  # examples per step, over all devices
+    length: Epochs | Steps
+    clip_norm: float | None = None  # longest gradient, as a global norm
+    grad_accum: int = 1  # micro-batches that one step's gradient is summed from
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass
+
+    parallel: Literal["jit", "shard_map", "pmap"] = _free("jit")  # how a step meets the devices
+    steps_per_call: int = _free(1)  # steps in one dispatch: above 1 where a step is very short
+    resident_gib: float = _free(4.0)  # data up to this size lives on the device
+
+    eval_batch: int = _free(1000)  # examples per evaluation step, over all devices
+    eval_every: Epochs | Steps = _free(Epochs(1))
+    log_every: Steps | Epochs = _free(Steps(50))
+    save_every: Epochs | Steps = _free(Epochs(1))
+    keep: int = _free(2)  # newest checkpoints that stay
+    best: str | None = _free(None)  # and the best one by e.g. "test/accuracy"; "-test/loss": lowest
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "grad_accum", "steps_per_call", "eval_batch", "keep"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm={self.clip_norm}: expected a number above 0, or None")
+        if self.batch % self.grad_accum:
+            raise ValueError(
+                f"batch={self.batch} is not divisible by grad_accum={self.grad_accum}"
+            )
+        for name, allowed in (
+            ("precision", ("float32", "bfloat16")),
+            ("parallel", ("jit", "shard_map", "pmap")),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: expected 0 <= seed < 2**32")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name={self.name!r}: expected a folder's name")
+        if self.best and self.best.lstrip("-").split("/")[0] not in self.evals:
+            raise ValueError(
+                f"best={self.best!r}: expected SPLIT/METRIC with a split of {', '.join(self.evals)}"
+            )
+
+
+IDENTITY = tuple(f.name for f in fields(Experiment) if f.metadata.get("identity", True))
