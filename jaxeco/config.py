@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import io
 import runpy
+import sys
 import tokenize
 import traceback
 import types
@@ -239,6 +240,8 @@ def _function(path: Path) -> tuple[str, typing.Callable[..., Any]]:
         line = getattr(error, "lineno", None)
         place = f"{path}:{line}" if line else f"{path}"
         raise UserError(f"{place}: syntax error: {getattr(error, 'msg', error)}") from error
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # a variant may import its neighbour
     namespace = _guarded(path, lambda: runpy.run_path(str(path)))
     if not callable(function := namespace.get("experiment")):
         raise UserError(

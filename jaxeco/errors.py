@@ -9,6 +9,10 @@ class UserError(Exception):
     keeps its traceback.
     """
 
+    status = 2
+
 
 class RunFailed(UserError):
-    """A run that was well described but could not be carried through; exits with status 1."""
+    """A run that was well described but could not be carried through."""
+
+    status = 1

@@ -47,7 +47,7 @@ def measure(ex: Experiment, outputs: Any, batch: Mapping[str, Any], training: bo
     loss = ex.loss if training or ex.eval_loss is None else ex.eval_loss
     y, mask = batch["y"], batch["mask"]
     metrics = ex.metrics if training else (*ex.metrics, *ex.eval_metrics)
-    sums = {"loss": Mean.of(loss(outputs, y), mask * loss.weights(y))}
+    sums = {"loss": loss.mean(outputs, y, mask)}
     return sums | {metric.name: metric(outputs, y, mask) for metric in metrics}
 
 

@@ -5,7 +5,7 @@ The function is the same in all three: `jit` shows it whole arrays and lets XLA 
 `jaxeco.axes`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,10 @@ FED = P(None, AXIS)  # what is fed to a call: [steps, batch, ...]
 Function = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-def data_mesh() -> Mesh:
-    """All devices in one row, sharing the batch."""
-    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices (default: all) in one row, sharing the batch."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def check_batch(name: str, batch: int, mesh: Mesh, grad_accum: int = 1) -> None:

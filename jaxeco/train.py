@@ -6,7 +6,7 @@ step t is a pure function of (seed, t); so to resume is to load a State.
 Dimensions: A micro-batches, B examples, n steps in one call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ from flax import struct
 from jaxeco import axes, parallel
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.data.dataset import Dataset
-from jaxeco.data.pipeline import EvalFeed, Feed, assemble
+from jaxeco.data.image import augmented
+from jaxeco.data.pipeline import Feed, assemble, fits
 from jaxeco.errors import RunFailed, UserError
 from jaxeco.evaluate import Sums, eval_step, evaluate, forward, measure, preprocess
 from jaxeco.experiment import Experiment
@@ -60,9 +61,7 @@ def train_step(
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
     batch = preprocess(ex, batch)
-    for i, transform in enumerate(ex.augment):
-        key = jax.random.fold_in(augment_key, i)
-        batch = transform(axes.example_keys(key, len(batch["mask"])), batch)
+    batch = augmented(ex.augment, axes.example_keys(augment_key, len(batch["mask"])), batch)
     variables, sums, grads = accumulated_grads(ex, state, batch, dropout_key)
     sums, grads = axes.global_sum((sums, grads))
     grads = jax.tree.map(lambda g: g / sums["loss"].weight, grads)
@@ -134,9 +133,27 @@ class Plan:
     tx: optax.GradientTransformation
 
     @property
+    def grids(self) -> tuple[int, int, int]:
+        """Steps between evaluations, between checkpoints, and between lines of the log."""
+        every = (self.ex.eval_every, self.ex.save_every, self.ex.log_every)
+        eval_, save, log = (stretch.steps(self.steps_per_epoch) for stretch in every)
+        return eval_, save, log
+
+    @property
     def step(self) -> Callable[[State, dict[str, Any]], tuple[State, Sums]]:
         """(state, batch) -> (state, sums): the train step of this run, uncompiled."""
         return partial(train_step, self.ex, self.tx)
+
+    def learning_rate(self, step: int) -> float:
+        return self.ex.optimizer.learning_rate(step, self.steps)
+
+    def place(self, tree: Any) -> Any:
+        return parallel.place(tree, self.mesh)
+
+    def feeding(self, dataset: Dataset) -> dict[str, Any]:
+        """How a Feed keeps this data: on every device if it fits, else read ahead by the host."""
+        resident = fits(dataset, int(self.ex.resident_gib * 2**30))
+        return {"resident": resident, "place": self.place}
 
     def batch(self, examples: int) -> dict[str, Any]:
         """Shapes and dtypes of a batch as it comes from the data."""
@@ -162,13 +179,13 @@ def zeros(shapes: Any) -> Any:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def plan(ex: Experiment) -> Plan:
-    """Opens the data and builds the parts.
+def plan(ex: Experiment, devices: Sequence[jax.Device] | None = None) -> Plan:
+    """Opens the data and builds the parts, for all devices or the given ones.
 
     Raises:
       UserError: the data is missing, or batch sizes do not fit it or the devices.
     """
-    mesh = parallel.data_mesh()
+    mesh = parallel.data_mesh(devices)
     parallel.check_batch("batch", ex.batch, mesh, ex.grad_accum)
     parallel.check_batch("eval_batch", ex.eval_batch, mesh)
     train = ex.train.open()
@@ -184,34 +201,102 @@ def plan(ex: Experiment) -> Plan:
 
 
 class Diverged(RunFailed):
-    """The loss of some step is not finite."""
+    """The loss of a step is not finite."""
+
+
+def mean_over(calls: list[tuple[int, Sums]]) -> dict[str, Any]:
+    """Each metric over some calls; waits for the device. `calls`: (first step, sums [n, ...]).
+
+    Raises:
+      Diverged: a step's loss is not finite.
+    """
+    totals: Any = None
+    for first, sums in jax.device_get(calls):
+        losses_n = sums["loss"].total
+        if not np.isfinite(losses_n).all():
+            bad = int(np.argmin(np.isfinite(losses_n)))
+            raise Diverged(f"the loss is {losses_n[bad]} at step {first + bad}")
+        sums = jax.tree.map(lambda a: np.sum(a, axis=0, dtype=np.float64), sums)
+        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+    return {name: mean.value() for name, mean in totals.items()}
+
+
+class Evaluator:
+    """Evaluates States on one split, exactly; the compiled step and the data stay in place."""
+
+    def __init__(self, plan: Plan, split: str) -> None:
+        dataset, ex = plan.evals[split], plan.ex
+        self.size = len(dataset)
+        self.feed = Feed.evaluation(dataset, ex.eval_batch, **plan.feeding(dataset))
+
+        def step(model: Any, resident: Any, fed_n: Any) -> Any:
+            return eval_step(ex, model, assemble(resident, jax.tree.map(lambda a: a[0], fed_n)))
+
+        self.step = parallel.compiled(step, ex.parallel, plan.mesh, donate=False)
+
+    def __call__(self, state: State, stop: Callable[[], bool]) -> dict[str, Any] | None:
+        model = (state.params, state.variables)
+        step = partial(self.step, model, self.feed.resident)
+        with self.feed as feed:
+            return evaluate(step, (feed.fed(i) for i in range(feed.steps)), self.size, stop)
 
 
 def fit(
     plan: Plan,
+    state: State,
     checkpoints: Checkpoints,
     log: Log,
     interrupt: Interrupt,
-    state: State,
     stop_at: int | None = None,
 ) -> State:
-    """Trains from `state` to the end of the run, to `stop_at`, or until interrupted.
+    """Trains from `state` to the end of the run, to step `stop_at`, or until interrupted.
 
-    Evaluates, logs and saves on the way. The state it returns has been saved.
+    Evaluates, logs and saves on the way; the State that it returns has been saved. The host runs
+    ahead of the device and reads a call's sums only when the log, an evaluation or a checkpoint is
+    due, so that the device never waits for it.
 
     Raises:
-      Diverged: the loss became NaN or infinite.
+      Diverged: the loss became NaN or infinite; that State is kept in the folder "diverged".
     """
     ex = plan.ex
-    every_eval, every_save, every_log = (
-        stretch.steps(plan.steps_per_epoch)
-        for stretch in (ex.eval_every, ex.save_every, ex.log_every)
-    )
     end = min(plan.steps, stop_at or plan.steps)
-    grids = (every_eval, every_save, ex.steps_per_call)
+    every_eval, every_save, every_log = plan.grids
     call = parallel.compiled(partial(many_steps, plan.step), ex.parallel, plan.mesh, donate=True)
-    evaluators = {name: Evaluator(plan, name) for name in plan.evals}
-    feed = Feed(plan.train, ex, ...)
+    feed = Feed.training(plan.train, ex.batch, ex.seed, **plan.feeding(plan.train))
+    evaluators = {split: Evaluator(plan, split) for split in plan.evals}
+    stops = (every_eval, every_save, ex.steps_per_call)  # where a call ends: a function of the step
     step = int(state.step)
-    pending: list[tuple[int, Sums]] = []  # sums of calls that the log has not read yet
-    raise NotImplementedError
+    pending: list[tuple[int, Sums]] = []  # calls that the log has not seen: (first step, sums)
+
+    def report() -> None:
+        """Hands the log what the pending calls came to; waits for them."""
+        if pending:
+            log.train(step, mean_over(pending) | {"learning_rate": plan.learning_rate(step - 1)})
+            pending.clear()
+
+    try:
+        while True:
+            values: dict[str, Any] = {}
+            if step and (step % every_eval == 0 or step == end) and not log.evaluated(step):
+                report()
+                for split, evaluator in evaluators.items():
+                    if found := evaluator(state, stop=lambda: interrupt.signal is not None):
+                        log.evaluation(step, split, found)
+                        values |= {f"{split}/{metric}": value for metric, value in found.items()}
+            done = step == end or interrupt.signal is not None
+            if done or values or (step and step % every_save == 0):
+                report()  # so that a State that diverged is never saved
+                checkpoints.save(state, values)
+            if done:
+                return state
+            n = min(end, *((step // grid + 1) * grid for grid in stops)) - step
+            state, sums = call(state, feed.resident, feed.fed(step, n))
+            if pending and step // every_log > pending[0][0] // every_log:
+                report()  # of the calls before this one, on which the device is busy now
+            pending.append((step, sums))
+            step += n
+    except Diverged:
+        checkpoints.keep_aside("diverged", state)
+        raise
+    finally:
+        feed.close()

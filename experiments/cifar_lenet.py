@@ -1,0 +1,33 @@
+"""LeNet on CIFAR-10 by the articles' recipe, to the letter.
+
+Batches of 4, SGD with learning rate 0.001 and momentum 0.9, two epochs, pixels scaled to mean 0.5
+and sd 0.5, PyTorch's default initialisation, no augmentation.
+
+CLAIM
+"""
+
+from jaxeco import data, losses, metrics, models, optim
+from jaxeco.experiment import Epochs, Experiment, Steps
+
+
+def experiment(
+    lr: float = 0.001,  # constant
+    momentum: float = 0.9,
+    batch: int = 4,  # examples a step
+    epochs: float = 2,  # passes over the 50,000 training images
+) -> Experiment:
+    return Experiment(
+        name="cifar_lenet",
+        train=data.Tfds("cifar10", split="train"),
+        evals={"test": data.Tfds("cifar10", split="test")},
+        preprocess=(data.Normalize(mean=(0.5, 0.5, 0.5), sd=(0.5, 0.5, 0.5)),),
+        model=models.LeNet(classes=10, init="pytorch"),
+        loss=losses.SoftmaxCrossEntropy(),
+        metrics=(metrics.Accuracy(),),
+        eval_metrics=(metrics.ConfusionMatrix(10),),
+        optimizer=optim.Momentum(lr=lr, momentum=momentum),
+        batch=batch,
+        length=Epochs(epochs),
+        steps_per_call=500,  # a step takes about a millisecond: dispatching each would show
+        log_every=Steps(1000),
+    )

@@ -1,0 +1,31 @@
+"""The articles' MNIST network: 784-256-128-10, ReLU, Adam, 5 epochs.
+
+CLAIM
+"""
+
+from jaxeco import data, losses, metrics, models, optim
+from jaxeco.experiment import Epochs, Experiment, Steps
+
+
+def experiment(
+    lr: float = 1e-3,  # Adam's learning rate, constant
+    widths: tuple[int, ...] = (256, 128),  # hidden layers
+    activation: str = "relu",  # relu, sigmoid, tanh or gelu
+    dropout: float = 0.0,  # share of hidden units silenced in training
+    batch: int = 128,  # examples a step
+    epochs: float = 5,  # passes over the 60,000 training images
+) -> Experiment:
+    return Experiment(
+        name="mnist_mlp",
+        train=data.Tfds("mnist", split="train"),
+        evals={"test": data.Tfds("mnist", split="test")},
+        preprocess=(data.Normalize(mean=(0.1307,), sd=(0.3081,)),),
+        model=models.MLP(widths=widths, classes=10, activation=activation, dropout=dropout),
+        loss=losses.SoftmaxCrossEntropy(),
+        metrics=(metrics.Accuracy(),),
+        eval_metrics=(metrics.ConfusionMatrix(10),),
+        optimizer=optim.Adam(lr=lr),
+        batch=batch,
+        length=Epochs(epochs),
+        log_every=Steps(100),
+    )

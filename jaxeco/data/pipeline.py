@@ -1,0 +1,214 @@
+"""From a data set to batches, by step, in one of two ways that differ only in speed and memory.
+
+Resident: the examples lie on the device, undecoded bytes are gone, and a step is fed only indices.
+Streaming: threads decode batches ahead of the step that wants them. The batches are the same, bit
+for bit, and either way a batch is a function of the step alone: nothing to save, nothing to skip.
+
+    with Feed.training(dataset, batch=256, seed=0, resident=True, place=place) as feed:
+        fed = feed.fed(step, n)                      # numpy, [n, B, ...], for a scan over n steps
+        batch = assemble(feed.resident, fed_of_one)  # inside the compiled step
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeco.data import order
+from jaxeco.data.dataset import Dataset, Field
+
+Arrays = dict[str, np.ndarray]
+
+# Decoders release the GIL, but more threads than this only add memory: each holds a batch.
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+def fits(dataset: Dataset, limit_bytes: int) -> bool:
+    """Whether the decoded examples take at most `limit_bytes`, and may so be made resident."""
+    return dataset.nbytes <= limit_bytes
+
+
+class Feed:
+    """What each step is fed. Use `Feed.training` or `Feed.evaluation`; close it, or use `with`.
+
+    Attributes:
+      dataset: where the examples come from.
+      batch: B, examples in a batch.
+      steps: batches in an evaluation; None in training, which has no end.
+      resident: device arrays [N, ...] by field, or {} when streaming.
+    """
+
+    dataset: Dataset
+    batch: int
+    steps: int | None
+    resident: dict[str, Any]
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch: int,
+        steps: int | None,
+        plan: Callable[[int], Arrays],
+        *,
+        resident: bool,
+        place: Callable[[Arrays], dict[str, Any]],
+    ):
+        """Use the named constructors. `plan(step)` gives "index", i32[B], and maybe "mask"."""
+        self.dataset, self.batch, self.steps = dataset, batch, steps
+        self._plan = plan
+        self._reader: Any = None
+        self._next = 0  # the step that the reader gives next
+        whole = {name: _whole(field) for name, field in dataset.fields.items()} if resident else {}
+        self.resident = place(whole) if resident else {}
+
+    @classmethod
+    def training(
+        cls,
+        dataset: Dataset,
+        batch: int,
+        seed: int,
+        *,
+        resident: bool,
+        place: Callable[[Arrays], dict[str, Any]] = jax.device_put,
+    ) -> Self:
+        """Shuffled batches without end; the remainder of an epoch is dropped (`order.indices`).
+
+        Args:
+          dataset: opened data.
+          batch: examples in the global batch.
+          seed: of the order, an integer in [0, 2**64).
+          resident: whether the examples lie on the device; see `fits`.
+          place: puts the resident fields there, once, e.g. replicated over a mesh.
+
+        Raises:
+          ValueError: if the batch is larger than the data set.
+        """
+        order.steps_per_epoch(batch, len(dataset))
+
+        def plan(step: int) -> Arrays:
+            return {"index": order.indices(seed, step, batch, len(dataset)).astype(np.int32)}
+
+        return cls(dataset, batch, None, plan, resident=resident, place=place)
+
+    @classmethod
+    def evaluation(
+        cls,
+        dataset: Dataset,
+        batch: int,
+        *,
+        resident: bool,
+        place: Callable[[Arrays], dict[str, Any]] = jax.device_put,
+    ) -> Self:
+        """Every example once, in order, in `steps` batches of one size; padding has mask 0."""
+        size = len(dataset)
+
+        def plan(step: int) -> Arrays:
+            index, mask = order.eval_indices(step, batch, size)
+            return {"index": index.astype(np.int32), "mask": mask}
+
+        steps = order.eval_steps(batch, size)
+        return cls(dataset, batch, steps, plan, resident=resident, place=place)
+
+    def fed(self, step: int, n: int = 1) -> Arrays:
+        """What `n` steps from `step` on are fed: host arrays with leading dimensions [n, B].
+
+        Resident: "index" i32[n, B]. Streaming: the examples themselves. In an evaluation also
+        "mask" f32[n, B]. Steps asked for one after another are read ahead; any other step starts
+        the reader anew, which costs no more than the first batch did.
+
+        Raises:
+          ValueError: if an evaluation has no such steps.
+          UserError: whatever the source found wrong with an example.
+        """
+        if n < 1 or step < 0:
+            raise ValueError(f"got step {step} and n {n}, expected at least 0 and 1")
+        if self.steps is not None and step + n > self.steps:
+            raise ValueError(f"got steps up to {step + n}, expected at most {self.steps} of them")
+        batches = [self._plan(step + i) for i in range(n)] if self.resident else self._read(step, n)
+        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+    def close(self) -> None:
+        """Ends the reading threads. The feed may be used again and then starts new ones."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, step: int, n: int) -> list[Arrays]:
+        if self._reader is None or self._next != step:
+            self.close()
+            self._reader = self._start(step, ahead=max(n, _THREADS))
+        try:
+            batches = [next(self._reader) for _ in range(n)]
+        except BaseException:  # what the reader has lost is unknown now: begin afresh next time
+            self.close()
+            raise
+        self._next = step + n
+        return batches
+
+    def _start(self, step: int, ahead: int) -> Iterator[Arrays]:
+        import grain  # takes more than a second, and only streaming wants it
+
+        # An element is a step, so the place to resume at is simply where the range begins.
+        stop = 2**62 if self.steps is None else self.steps
+        batches = grain.MapDataset.range(step, stop).map(self._gather)
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
+        return iter(batches.to_iter_dataset(options))
+
+    def _gather(self, step: int) -> Arrays:
+        plan = self._plan(int(step))
+        index = plan.pop("index")
+        return {name: _host(field[index]) for name, field in self.dataset.fields.items()} | plan
+
+
+def assemble(resident: dict[str, Any], fed: dict[str, Any]) -> dict[str, jax.Array]:
+    """One step's batch, from what lies on the device and what the step was fed. Pure.
+
+    Runs inside the compiled step; under `shard_map`, `resident` is whole and `fed` one shard's part.
+
+    Args:
+      resident: `Feed.resident`.
+      fed: `Feed.fed` for one step, i.e. without the leading n.
+
+    Returns:
+      "x", "y" and every other field [B, ...], and "mask" f32[B], all ones unless it was fed.
+    """
+    batch = {name: jnp.asarray(value) for name, value in fed.items()}
+    if resident:
+        index = batch.pop("index")
+        for name, field in resident.items():
+            # Our own indices are within bounds; saying so spares a comparison per element.
+            batch[name] = jnp.asarray(field).at[index].get(mode="promise_in_bounds")
+    if "mask" not in batch:
+        batch["mask"] = jnp.ones(len(next(iter(batch.values()))), jnp.float32)
+    return batch
+
+
+def _host(array: np.ndarray) -> np.ndarray:
+    """The array as JAX will hold it (float64 as float32, ...), so that both ways agree in dtype."""
+    return np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
+
+
+def _whole(field: Field) -> np.ndarray:
+    """All examples; what has to be decoded is decoded by several threads."""
+    if isinstance(field, np.ndarray):
+        return _host(field)
+    whole = np.empty(field.shape, field.dtype)
+
+    def read(rows: np.ndarray) -> None:
+        whole[rows] = field[rows]
+
+    chunks = np.array_split(np.arange(len(whole)), -(-len(whole) // 64))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(read, chunks):
+            pass
+    return _host(whole)

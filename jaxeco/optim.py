@@ -1,0 +1,404 @@
+"""Optimizers, as small frozen descriptions that build optax transformations.
+
+One order holds for all of them, for a parameter w with gradient g and learning rate lr:
+
+    g  <-  g + l1·sign(w) + l2·w         coupled: the penalty l1·|w| + l2/2·|w|² joins the loss
+    d   =  the optimizer's own direction, from g and its state
+    w  <-  w - lr·(d + weight_decay·w)   decoupled: the optimizer's state never sees the decay
+
+(Loshchilov & Hutter 2019 for the difference.) All three leave biases and norm scales alone. The
+penalty is not part of the loss that is reported. Every epsilon sits outside the square root, beside
+it in the denominator. Gradients are clipped, if at all, by the trainer.
+
+Numeric fields may hold traced numbers, so that one program can train at many learning rates; only
+the fields that are Python numbers are checked.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from jaxeco.schedules import FRACTION, NOT_NEGATIVE, POSITIVE, Constant, Schedule, require
+
+
+class Optimizer(ABC):
+    """What the trainer needs from an optimizer."""
+
+    @abstractmethod
+    def build(self, total_steps: int) -> optax.GradientTransformation:
+        """The transformation for a run of `total_steps`; its `update` needs the parameters."""
+
+    @abstractmethod
+    def learning_rate(self, step: int, total_steps: int) -> float:
+        """The learning rate that step `step` uses, for the log. Computed on the host."""
+
+
+@dataclass(frozen=True)
+class GradientDescent(Optimizer):
+    """What the optimizers share: the learning rate, and what regularises the parameters.
+
+    Raises:
+      ValueError: a number is out of its range, or a pattern is not a regular expression.
+    """
+
+    lr: float | Schedule
+    l1: float = field(default=0.0, kw_only=True)  # coupled: adds l1·sign(w) to the gradient
+    l2: float = field(default=0.0, kw_only=True)  # coupled: adds l2·w to the gradient
+    # last names of the parameters that no penalty and no decay touches, as regular expressions
+    no_decay: tuple[str, ...] = field(default=("bias", "scale"), kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lr, Schedule):
+            require(self, NOT_NEGATIVE, "lr")
+        require(self, NOT_NEGATIVE, "l1", "l2")
+        for pattern in self.no_decay:
+            _check_pattern(f"{type(self).__name__}.no_decay", pattern)
+
+    def build(self, total_steps: int) -> optax.GradientTransformation:
+        return optax.chain(
+            self._add_penalty(self.l1, self.l2),
+            self._direction(),
+            optax.scale_by_learning_rate(self._schedule().build(total_steps)),
+        )
+
+    def learning_rate(self, step: int, total_steps: int) -> float:
+        return float(self._schedule().build(total_steps)(step))
+
+    @abstractmethod
+    def _direction(self) -> optax.GradientTransformation:
+        """From gradients to d of the module's text, any decoupled decay included."""
+
+    def _schedule(self) -> Schedule:
+        # always a schedule, so that the state has one structure whatever the learning rate is
+        return self.lr if isinstance(self.lr, Schedule) else Constant(self.lr)
+
+    def _add_penalty(self, l1: float, l2: float) -> optax.GradientTransformation:
+        """Adds l1·sign(w) + l2·w, on the parameters that are regularised."""
+
+        def spared(path: str) -> bool:
+            return any(re.fullmatch(p, path.rpartition("/")[2]) for p in self.no_decay)
+
+        def add(path: str, g: jax.Array, w: jax.Array) -> jax.Array:
+            if spared(path):
+                return g
+            g = g if _is_zero(l1) else g + l1 * jnp.sign(w)
+            return g if _is_zero(l2) else g + l2 * w
+
+        return optax.stateless(lambda updates, params: _map_named(add, updates, params))
+
+
+@dataclass(frozen=True)
+class SGD(GradientDescent):
+    """Stochastic gradient descent, d = g. Here `l2` and `weight_decay` come to the same update."""
+
+    weight_decay: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, NOT_NEGATIVE, "weight_decay")
+
+    def _direction(self) -> optax.GradientTransformation:
+        return self._add_penalty(0.0, self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Momentum(SGD):
+    """SGD with momentum γ, v = 0 at first.
+
+    Classic ("heavy ball", Polyak 1964): v <- γv + g, d = v. Averaged: v <- γv + (1 - γ)g, which is
+    the classic form at a learning rate 1 - γ times as high. Nesterov: looks one step of v ahead,
+    d = γv + g (or γv + (1 - γ)g) after v was updated; this is the form of Sutskever et al. 2013,
+    eq. 3-4, written for the looked-ahead parameters, as PyTorch has it.
+    """
+
+    momentum: float = field(default=0.9, kw_only=True)
+    nesterov: bool = field(default=False, kw_only=True)
+    averaged: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, FRACTION, "momentum")
+
+    def _direction(self) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.scale(1 - self.momentum) if self.averaged else optax.identity(),
+            optax.trace(self.momentum, self.nesterov),
+            super()._direction(),
+        )
+
+
+@dataclass(frozen=True)
+class AdaGrad(GradientDescent):
+    """AdaGrad (Duchi et al. 2011): s <- s + g², d = g / (√s + eps), s = `initial` at first."""
+
+    eps: float = field(default=1e-10, kw_only=True)
+    initial: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, POSITIVE, "eps")
+        require(self, NOT_NEGATIVE, "initial")
+
+    def _direction(self) -> optax.GradientTransformation:
+        # optax.scale_by_rss has its epsilon inside the root, where 1e-10 is no longer small
+
+        def init(params: Any) -> optax.ScaleByRssState:
+            return optax.ScaleByRssState(jax.tree.map(lambda w: jnp.full_like(w, self.initial), params))
+
+        def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            s = jax.tree.map(lambda s, g: s + g * g, state.sum_of_squares, grads)
+            d = jax.tree.map(lambda s, g: g / (jnp.sqrt(s) + self.eps), s, grads)
+            return d, optax.ScaleByRssState(s)
+
+        return optax.GradientTransformation(init, update)
+
+
+@dataclass(frozen=True)
+class RMSProp(GradientDescent):
+    """RMSProp (Hinton 2012, lecture 6e): s <- ρs + (1 - ρ)g², r = g / (√s + eps), s = 0 at first.
+
+    Centred (Graves 2013, eq. 38-41): also m <- ρm + (1 - ρ)g, and s - m² stands for s.
+    d = r, or with momentum γ: v <- γv + r, d = v.
+    """
+
+    rho: float = field(default=0.9, kw_only=True)
+    eps: float = field(default=1e-8, kw_only=True)
+    momentum: float = field(default=0.0, kw_only=True)
+    centered: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, FRACTION, "rho", "momentum")
+        require(self, POSITIVE, "eps")
+
+    def _direction(self) -> optax.GradientTransformation:
+        scale = (
+            _scale_by_deviation(self.rho, self.eps)
+            if self.centered
+            else optax.scale_by_rms(self.rho, self.eps, eps_in_sqrt=False)
+        )
+        return scale if _is_zero(self.momentum) else optax.chain(scale, optax.trace(self.momentum))
+
+
+def _scale_by_deviation(rho: float, eps: float) -> optax.GradientTransformation:
+    # optax.scale_by_stddev takes the root of s - m² as it comes: rounded below 0, that is NaN
+
+    def init(params: Any) -> optax.ScaleByRStdDevState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByRStdDevState(mu=zeros, nu=zeros)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        m = jax.tree.map(lambda m, g: rho * m + (1 - rho) * g, state.mu, grads)
+        s = jax.tree.map(lambda s, g: rho * s + (1 - rho) * g * g, state.nu, grads)
+        d = jax.tree.map(
+            lambda g, m, s: g / (jnp.sqrt(jnp.maximum(s - m * m, 0)) + eps), grads, m, s
+        )
+        return d, optax.ScaleByRStdDevState(mu=m, nu=s)
+
+    return optax.GradientTransformation(init, update)
+
+
+@dataclass(frozen=True)
+class Adam(GradientDescent):
+    """Adam (Kingma & Ba 2015, algorithm 1), with m = s = 0 at first and t counted from 1.
+
+    m <- β1·m + (1 - β1)g, s <- β2·s + (1 - β2)g²,
+    d = m/(1 - β1^t) / (√(s/(1 - β2^t)) + eps).
+    """
+
+    b1: float = field(default=0.9, kw_only=True)
+    b2: float = field(default=0.999, kw_only=True)
+    eps: float = field(default=1e-8, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, FRACTION, "b1", "b2")
+        require(self, POSITIVE, "eps")
+
+    def _direction(self) -> optax.GradientTransformation:
+        return optax.scale_by_adam(self.b1, self.b2, self.eps)
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019).
+
+    As in optax and PyTorch the decay is times the whole learning rate: w <- w - lr·weight_decay·w.
+    """
+
+    weight_decay: float = field(default=1e-2, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, NOT_NEGATIVE, "weight_decay")
+
+    def _direction(self) -> optax.GradientTransformation:
+        return optax.chain(super()._direction(), self._add_penalty(0.0, self.weight_decay))
+
+
+@dataclass(frozen=True)
+class Muon(GradientDescent):
+    """Muon (Jordan et al. 2024) for the weight matrices, `rest` for every other parameter.
+
+    The momentum (an average, corrected for its start at 0) is made nearly orthogonal by `ns_steps`
+    Newton-Schulz steps, so that all its singular values come to lie around 1; d is that, times
+    √max(1, out/in) for a matrix [in, out], or times `consistent_rms`·√max(in, out), where 0.2 gives
+    updates the size of AdamW's (Liu et al. 2025).
+
+    A parameter is a weight matrix if `matrices`, a regular expression, matches its whole path
+    ("block/conv/kernel") and it has two axes or more. More than two are read as a convolution's,
+    (H, W, in, out) -> (H·W·in, out); do not let `matrices` match kernels whose *output* has several
+    axes, such as an attention's (in, heads, width).
+
+    Raises at initialisation:
+      ValueError: no parameter of the model is a weight matrix.
+    """
+
+    rest: Optimizer = field(kw_only=True)
+    momentum: float = field(default=0.95, kw_only=True)
+    nesterov: bool = field(default=True, kw_only=True)
+    ns_steps: int = field(default=5, kw_only=True)
+    consistent_rms: float | None = field(default=None, kw_only=True)
+    weight_decay: float = field(default=0.0, kw_only=True)
+    matrices: str = field(default="(.*/)?kernel", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, FRACTION, "momentum")
+        require(self, NOT_NEGATIVE, "weight_decay")
+        if not isinstance(self.rest, Optimizer):
+            raise ValueError(f"Muon.rest={self.rest!r}: expected an optimizer, such as AdamW(3e-4)")
+        if not isinstance(self.ns_steps, int) or self.ns_steps < 1:
+            raise ValueError(f"Muon.ns_steps={self.ns_steps!r}: expected an int of at least 1")
+        if self.consistent_rms is not None:
+            require(self, POSITIVE, "consistent_rms")
+        _check_pattern("Muon.matrices", self.matrices)
+
+    def build(self, total_steps: int) -> optax.GradientTransformation:
+        def labels(params: Any) -> Any:
+            chosen = _map_named(
+                lambda path, w: w.ndim > 1 and bool(re.fullmatch(self.matrices, path)), params
+            )
+            if not any(jax.tree.leaves(chosen)):
+                raise ValueError(
+                    f"Muon.matrices={self.matrices!r} matches no parameter with two axes or more;"
+                    f" there are {', '.join(_paths(params))}"
+                )
+            return jax.tree.map(lambda is_matrix: "muon" if is_matrix else "rest", chosen)
+
+        transforms = {"muon": super().build(total_steps), "rest": self.rest.build(total_steps)}
+        return optax.partition(transforms, labels)
+
+    def _direction(self) -> optax.GradientTransformation:
+        def as_matrices(tree: Any) -> Any:
+            def axes(w: jax.Array) -> optax.contrib.MuonDimensionNumbers:
+                return optax.contrib.MuonDimensionNumbers(tuple(range(w.ndim - 1)), w.ndim - 1)
+
+            return jax.tree.map(axes, tree)
+
+        def size(d: jax.Array) -> jax.Array:
+            outputs = d.shape[-1]
+            inputs = d.size // outputs
+            if self.consistent_rms is None:
+                return d * max(1, outputs / inputs) ** 0.5
+            return d * (self.consistent_rms * max(inputs, outputs) ** 0.5)
+
+        return optax.chain(
+            optax.contrib.scale_by_muon(
+                ns_steps=self.ns_steps,
+                beta=self.momentum,
+                nesterov=self.nesterov,
+                weight_dimension_numbers=as_matrices,
+            ),
+            optax.stateless(lambda updates, params: jax.tree.map(size, updates)),
+            self._add_penalty(0.0, self.weight_decay),
+        )
+
+
+@dataclass(frozen=True)
+class Partition(Optimizer):
+    """Another optimizer for each kind of parameter.
+
+    `rules` are pairs of a regular expression and an optimizer, or None to freeze. A parameter falls
+    under the first rule whose expression matches its whole path ("head/kernel"). The learning rate
+    that is logged is that of the first rule which trains.
+
+    Raises:
+      ValueError: a rule is no such pair, or all of them freeze; at initialisation: a parameter
+        falls under no rule, or no parameter under a rule.
+    """
+
+    rules: tuple[tuple[str, Optimizer | None], ...]
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            if not isinstance(rule, tuple) or len(rule) != 2:
+                raise ValueError(f"Partition.rules: {rule!r}: expected (pattern, optimizer)")
+            _check_pattern("Partition.rules", rule[0])
+            if not isinstance(rule[1], Optimizer | None):
+                raise ValueError(f"Partition.rules: {rule!r}: expected an optimizer, or None")
+        if not self._trained():
+            raise ValueError(f"Partition.rules={self.rules!r}: expected one optimizer or more")
+
+    def build(self, total_steps: int) -> optax.GradientTransformation:
+        transforms = {
+            f"rule{i}": optimizer.build(total_steps) if optimizer else optax.set_to_zero()
+            for i, (_, optimizer) in enumerate(self.rules)
+        }
+        return optax.partition(transforms, self._labels)
+
+    def learning_rate(self, step: int, total_steps: int) -> float:
+        return self._trained()[0].learning_rate(step, total_steps)
+
+    def _trained(self) -> list[Optimizer]:
+        return [optimizer for _, optimizer in self.rules if optimizer is not None]
+
+    def _labels(self, params: Any) -> Any:
+        def label(path: str, _: Any) -> str:
+            for i, (pattern, _) in enumerate(self.rules):
+                if re.fullmatch(pattern, path):
+                    return f"rule{i}"
+            patterns = ", ".join(repr(pattern) for pattern, _ in self.rules)
+            raise ValueError(f"Partition: no rule matches the parameter {path!r}; of {patterns}")
+
+        labels = _map_named(label, params)
+        used = set(jax.tree.leaves(labels))
+        for i, (pattern, _) in enumerate(self.rules):
+            if f"rule{i}" not in used:
+                raise ValueError(
+                    f"Partition: no parameter falls under the rule {pattern!r}, by itself or after"
+                    f" the rules before it; there are {', '.join(_paths(params))}"
+                )
+        return labels
+
+
+def _map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """tree.map of `function`(path, leaf, ...), with paths such as "block/conv/kernel"."""
+    return jax.tree.map_with_path(lambda path, *leaves: function(_name(path), *leaves), tree, *rest)
+
+
+def _paths(tree: Any) -> list[str]:
+    return [_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether it is 0 for sure; a traced number is not."""
+    return isinstance(value, (int, float)) and value == 0
+
+
+def _check_pattern(name: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None

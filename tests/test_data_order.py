@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxeco.data import order
+
+
+def test_golden_order_from_the_raw_generator():
+    # Seed 7, ten examples, batches of three: step 4 is the second batch of the second epoch.
+    words = np.random.Philox(key=[7, 1]).random_raw(10)
+    expected = sorted(range(10), key=lambda i: int(words[i]))
+    assert order.indices(7, 4, 3, 10).tolist() == expected[3:6]
+    # The very numbers, so that a change in NumPy's stream cannot pass unseen.
+    assert order.permutation(7, 1, 10).tolist() == [3, 9, 1, 6, 2, 5, 4, 8, 0, 7]
+
+
+@pytest.mark.parametrize(("batch", "size"), [(1, 5), (4, 12), (4, 15), (7, 7), (10, 64)])
+def test_an_epoch_has_distinct_indices_and_drops_the_remainder(batch, size):
+    steps = order.steps_per_epoch(batch, size)
+    for epoch in range(3):
+        seen = [order.indices(3, epoch * steps + i, batch, size) for i in range(steps)]
+        assert all(index.shape == (batch,) and index.dtype == np.int64 for index in seen)
+        seen = np.concatenate(seen)
+        assert len(seen) == len(set(seen)) == size // batch * batch
+        assert seen.min() >= 0 and seen.max() < size
+
+
+def test_order_is_a_function_of_seed_and_step_alone():
+    forwards = [order.indices(1, step, 8, 50).tolist() for step in range(40)]
+    order.permutation.cache_clear()
+    backwards = []
+    for step in reversed(range(40)):
+        order.indices(2, step, 8, 50)  # another seed in between leaves no trace
+        order.indices(1, step, 5, 49)
+        backwards.append(order.indices(1, step, 8, 50).tolist())
+    assert backwards[::-1] == forwards
+
+
+def test_a_far_step_needs_no_walk():
+    assert len(order.indices(0, 10**15, 8, 50)) == 8
+
+
+def test_epochs_and_seeds_differ():
+    orders = {tuple(order.permutation(seed, epoch, 30)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+    # (seed, epoch) are not added up or swapped
+    assert order.permutation(0, 1, 30).tolist() != order.permutation(1, 0, 30).tolist()
+
+
+def test_what_an_epoch_drops_changes():
+    dropped = {tuple(sorted(order.permutation(0, epoch, 11)[10:])) for epoch in range(40)}
+    assert len(dropped) > 5
+
+
+def test_every_example_is_equally_likely_at_every_position():
+    size, epochs = 6, 3000
+    counts = np.zeros((size, size))
+    for epoch in range(epochs):
+        counts[np.arange(size), order.permutation(11, epoch, size)] += 1
+    expected = epochs / size
+    # A table with fixed row and column sums has (size - 1)**2 degrees of freedom.
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    assert stats.chi2.sf(statistic, (size - 1) ** 2) > 1e-3
+
+
+def test_the_shared_permutation_is_read_only():
+    with pytest.raises(ValueError, match="read-only"):
+        order.indices(0, 0, 4, 8)[0] = 1
+
+
+def test_errors_name_both_numbers():
+    with pytest.raises(ValueError, match="got 9, expected at most the 8 examples"):
+        order.indices(0, 0, 9, 8)
+    with pytest.raises(ValueError, match="batch: got 0"):
+        order.indices(0, 0, 0, 8)
+    with pytest.raises(ValueError, match="step: got -1"):
+        order.indices(0, -1, 4, 8)
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=f"seed: got {seed}"):
+            order.indices(seed, 0, 4, 8)
+    with pytest.raises(ValueError, match="step: got 3, expected one of 3 batches"):
+        order.eval_indices(3, 4, 9)
+
+
+@pytest.mark.parametrize(("size", "batch"), [(10, 4), (8, 4), (3, 5), (1, 1), (17, 16)])
+def test_evaluation_counts_every_index_exactly_once(size, batch):
+    batches = list(order.eval_batches(size, batch))
+    assert len(batches) == order.eval_steps(batch, size) == -(-size // batch)
+    counted = []
+    for index, mask in batches:
+        assert index.shape == mask.shape == (batch,) and mask.dtype == np.float32
+        assert set(mask) <= {0.0, 1.0}
+        assert index.min() >= 0 and index.max() < size  # padding can be read, too
+        counted += index[mask == 1].tolist()
+    assert counted == list(range(size))
+
+
+def test_no_examples_no_evaluation_batches():
+    assert list(order.eval_batches(0, 4)) == []

@@ -1,0 +1,216 @@
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxeco.data import order
+from jaxeco.data.dataset import Dataset
+from jaxeco.data.pipeline import Feed, assemble, fits
+from jaxeco.errors import UserError
+
+
+class OnDemand:
+    """A field that decodes when indexed, and cannot decode one of its examples."""
+
+    def __init__(self, values, broken=None):
+        self._values, self._broken = values, broken
+        self.shape, self.dtype = values.shape, values.dtype
+
+    def __getitem__(self, indices):
+        if self._broken in indices:
+            raise UserError(f"example {self._broken} is damaged")
+        return self._values[indices]
+
+
+def values(count):
+    return np.arange(count * 6, dtype=np.uint8).reshape(count, 2, 3), np.arange(count, dtype=np.int32)
+
+
+def dataset(count=10, wrap=lambda array: array):
+    x, y = values(count)
+    return Dataset({"x": wrap(x), "y": y}, (), "toy", "toy")
+
+
+def batches(feed, steps):
+    """One batch per step, as the step would assemble it, on the host."""
+    found = []
+    for step in steps:
+        fed = {name: value[0] for name, value in feed.fed(step).items()}
+        found.append(jax.device_get(jax.jit(assemble)(feed.resident, fed)))
+    return found
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert jax.tree.map(lambda a: a.dtype, one) == jax.tree.map(lambda a: a.dtype, other)
+
+
+def reading_threads():
+    return [thread for thread in threading.enumerate() if "grain" in thread.name]
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_batches_follow_the_order(resident):
+    x, y = values(10)
+    with Feed.training(dataset(), 4, seed=5, resident=resident) as feed:
+        assert feed.steps is None and feed.batch == 4
+        for step, batch in enumerate(batches(feed, range(7))):
+            index = order.indices(5, step, 4, 10)
+            assert_same(batch, {"x": x[index], "y": y[index], "mask": np.ones(4, np.float32)})
+
+
+def memmapped(tmp_path):
+    def wrap(array):
+        np.save(tmp_path / "field.npy", array)
+        return np.load(tmp_path / "field.npy", mmap_mode="r")
+
+    return wrap
+
+
+@pytest.mark.parametrize("kind", ["array", "on demand", "memory map", "float64"])
+def test_streaming_equals_resident_bit_for_bit(kind, tmp_path):
+    wrap = {
+        "array": lambda array: array,
+        "on demand": OnDemand,
+        "memory map": memmapped(tmp_path),
+        "float64": lambda array: array / 3,  # JAX keeps it as float32
+    }[kind]
+    data = dataset(300, wrap)
+    with (
+        Feed.training(data, 8, seed=1, resident=True) as resident,
+        Feed.training(data, 8, seed=1, resident=False) as streaming,
+    ):
+        assert set(resident.resident) == {"x", "y"} and streaming.resident == {}
+        assert resident.fed(0)["index"].dtype == np.int32
+        assert_same(batches(resident, range(40)), batches(streaming, range(40)))
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_resumed_equals_uninterrupted(resident):
+    with Feed.training(dataset(), 3, seed=2, resident=resident) as feed:
+        whole = batches(feed, range(12))
+    with Feed.training(dataset(), 3, seed=2, resident=resident) as feed:
+        assert_same(batches(feed, range(7, 12)), whole[7:])
+        assert_same(batches(feed, range(3)), whole[:3])  # and back again
+        assert len(batches(feed, [10**12])) == 1  # O(1)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_several_steps_in_one_call(resident):
+    with Feed.training(dataset(), 4, seed=0, resident=resident) as feed:
+        single = [feed.fed(step) for step in range(9)]
+        # Calls of changing length, as at the end of a run.
+        several = [feed.fed(0, 4), feed.fed(4, 4), feed.fed(8, 1)]
+    stacked = {name: np.concatenate([fed[name] for fed in several]) for name in several[0]}
+    assert_same(stacked, {name: np.concatenate([fed[name] for fed in single]) for name in stacked})
+    assert all(value.shape[:2] == (9, 4) for value in stacked.values())
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize(("count", "batch"), [(10, 4), (8, 4), (3, 5)])
+def test_evaluation_counts_every_example_once(resident, count, batch):
+    x, y = values(count)
+    with Feed.evaluation(dataset(count), batch, resident=resident) as feed:
+        assert feed.steps == -(-count // batch)
+        found = batches(feed, range(feed.steps))
+        with pytest.raises(ValueError, match=f"steps up to {feed.steps + 1}, .*{feed.steps}"):
+            feed.fed(feed.steps)
+        assert_same(batches(feed, range(feed.steps)), found)  # an evaluation can be repeated
+    assert all(len(got["x"]) == batch for got in found)
+    counted = {
+        name: np.concatenate([got[name][got["mask"] == 1] for got in found]) for name in ("x", "y")
+    }
+    assert_same(counted, {"x": x, "y": y})
+
+
+def test_threads_end_with_the_feed():
+    with Feed.training(dataset(wrap=OnDemand), 4, seed=0, resident=False) as feed:
+        feed.fed(0)
+        assert reading_threads()
+    assert not reading_threads()
+    feed.close()  # a second time does no harm
+
+
+def test_a_damaged_example_reaches_the_main_thread():
+    data = dataset(wrap=lambda array: OnDemand(array, broken=7))
+    with Feed.training(data, 4, seed=0, resident=False) as feed:
+        steps = range(10)
+        bad = [step for step in steps if 7 in order.indices(0, step, 4, 10)]
+        for step in steps:
+            if step in bad:
+                with pytest.raises(UserError, match="example 7 is damaged"):
+                    feed.fed(step)
+            else:
+                feed.fed(step)
+        assert 0 < len(bad) < 10
+    assert not reading_threads()
+    with pytest.raises(UserError, match="example 7 is damaged"):
+        Feed.training(data, 4, seed=0, resident=True)
+
+
+def test_a_memory_map_is_gathered_in_any_order(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (500, 3, 3)).astype(np.uint8)
+    field = memmapped(tmp_path)(x)
+    with Feed.training(
+        Dataset({"x": field, "y": np.arange(500)}, (), "", ""), 50, seed=4, resident=False
+    ) as feed:
+        for step in range(12):
+            fed = feed.fed(step)
+            assert type(fed["x"]) is np.ndarray
+            index = fed["y"][0]
+            assert (np.diff(index) < 0).any()
+            np.testing.assert_array_equal(fed["x"][0], x[index])
+
+
+def test_placed_once_and_assembled_on_every_shard():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    calls = []
+
+    def place(fields):
+        calls.append(sorted(fields))
+        return jax.device_put(fields, replicated)
+
+    data = dataset(40)
+    feed = Feed.training(data, 16, seed=0, resident=True, place=place)
+    [expected] = batches(Feed.training(data, 16, seed=0, resident=True), [3])
+    fed = jax.device_put({name: value[0] for name, value in feed.fed(3).items()}, split)
+    mapped = jax.shard_map(assemble, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    assert_same(jax.device_get(jax.jit(mapped)(feed.resident, fed)), expected)
+    sharded = jax.jit(assemble, out_shardings=split)
+    assert_same(jax.device_get(sharded(feed.resident, fed)), expected)
+    assert "all-gather" not in sharded.lower(feed.resident, fed).compile().as_text()
+    assert calls == [["x", "y"]]
+
+
+def test_under_scan_over_the_steps_of_a_call():
+    feed = Feed.training(dataset(), 4, seed=0, resident=True)
+
+    def step(total, fed):
+        return total + assemble(feed.resident, fed)["y"].sum(), None
+
+    total, _ = jax.jit(lambda fed: jax.lax.scan(step, jnp.int32(0), fed))(feed.fed(2, 5))
+    assert int(total) == sum(int(order.indices(0, t, 4, 10).sum()) for t in range(2, 7))
+
+
+def test_assemble_uncompiled_keeps_what_was_fed():
+    batch = assemble({}, {"x": np.ones((3, 2)), "y": np.arange(3), "mask": np.array([1.0, 1, 0])})
+    assert batch["mask"].tolist() == [1, 1, 0] and batch["y"].tolist() == [0, 1, 2]
+
+
+def test_fits_counts_decoded_bytes():
+    data = dataset(10)  # 10 * (2 * 3 * 1 + 4) bytes
+    assert fits(data, 100) and not fits(data, 99)
+
+
+def test_a_batch_larger_than_the_data_fails_at_once():
+    with pytest.raises(ValueError, match="got 11, expected at most the 10"):
+        Feed.training(dataset(), 11, seed=0, resident=False)
+    with pytest.raises(ValueError, match="seed: got -1"):
+        Feed.training(dataset(), 4, seed=-1, resident=True).fed(0)
+    with pytest.raises(ValueError, match="step -1 and n 1"):
+        Feed.training(dataset(), 4, seed=0, resident=True).fed(-1)

@@ -1,0 +1,179 @@
+"""Metrics: against scikit-learn, and exact under padding and under any cut into batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import confusion_matrix, recall_score, top_k_accuracy_score
+
+from jaxeco.metrics import Accuracy, ConfusionMatrix, Mean, PerClassAccuracy, TopK
+
+K = 5
+ALL = [Accuracy(), TopK(2), PerClassAccuracy(K), ConfusionMatrix(K)]
+IDS = [m.name for m in ALL]
+
+
+def data(n=101, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, K)).astype(np.float32), rng.integers(0, K, n).astype(np.int32)
+
+
+def run(metric, z, y, mask=None):
+    mask = np.ones(y.shape[:1]) if mask is None else mask
+    return metric(jnp.asarray(z), jnp.asarray(y), jnp.asarray(mask, jnp.float32))
+
+
+def test_mean_by_hand():
+    mean = Mean.of(jnp.array([1.0, 2.0, 4.0]), jnp.array([1.0, 0.5, 0.0]))
+    assert (float(mean.total), float(mean.weight)) == (2.0, 1.5)
+    assert mean.value() == 2 / 1.5 and isinstance(mean.value(), float)
+    assert (mean + Mean(1.0, 0.5)).value() == 1.5
+
+
+def test_mean_of_nothing_is_nan_entry_by_entry():
+    assert np.isnan(Mean(0.0, 0.0).value())
+    np.testing.assert_array_equal(
+        Mean(np.array([1, 0, 0]), np.array([2, 0, 1])).value(), [0.5, np.nan, 0]
+    )
+
+
+def test_mean_divides_in_float64():
+    third = Mean(jnp.float32(1), jnp.float32(3)).value()
+    assert third == 1 / 3 and third != float(np.float32(1 / 3))
+
+
+def test_a_masked_value_does_not_matter_even_if_nan():
+    values, mask = jnp.array([1.0, jnp.nan, jnp.inf]), jnp.array([1.0, 0.0, 0.0])
+    assert Mean.of(values, mask).value() == 1.0
+    grad = jax.grad(lambda v: Mean.of(v, mask).total)(values)
+    np.testing.assert_array_equal(grad, [1, 0, 0])
+
+
+def test_one_weight_per_example_counts_for_all_its_positions():
+    mean = Mean.of(jnp.array([[1.0, 3.0], [5.0, 7.0]]), jnp.array([1.0, 0.0]))
+    assert (float(mean.total), float(mean.weight)) == (4.0, 2.0)
+    with pytest.raises(ValueError, match=r"\(3,\).*\(2, 3\)"):
+        Mean.of(jnp.ones((2, 3)), jnp.ones(3))
+
+
+def test_against_sklearn():
+    z, y = data()
+    labels = list(range(K))
+    matrix = confusion_matrix(y, z.argmax(1), labels=labels)
+    assert run(Accuracy(), z, y).value() == pytest.approx((z.argmax(1) == y).mean(), abs=1e-12)
+    for k in (1, 2, 4):
+        expected = top_k_accuracy_score(y, z, k=k, labels=labels)
+        assert run(TopK(k), z, y).value() == pytest.approx(expected, abs=1e-12)
+    np.testing.assert_allclose(
+        run(PerClassAccuracy(K), z, y).value(), recall_score(y, z.argmax(1), average=None)
+    )
+    confusion = run(ConfusionMatrix(K), z, y)
+    np.testing.assert_array_equal(confusion.total, matrix)
+    np.testing.assert_allclose(
+        confusion.value(), confusion_matrix(y, z.argmax(1), labels=labels, normalize="true")
+    )
+
+
+def test_confusion_by_hand():
+    z = np.eye(3)[[0, 1, 1, 0]]  # given: 0 1 1 0
+    confusion = run(ConfusionMatrix(3), z, np.array([0, 0, 1, 1]))
+    np.testing.assert_array_equal(confusion.total, [[1, 1, 0], [1, 1, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(confusion.weight, [[2], [2], [0]])
+    np.testing.assert_array_equal(
+        confusion.value(), [[0.5, 0.5, 0], [0.5, 0.5, 0], [np.nan] * 3]
+    )
+
+
+@pytest.mark.parametrize("metric", ALL, ids=IDS)
+def test_batches_with_padding_add_up_to_the_whole(metric):
+    z, y = data()
+    whole = run(metric, z, y)
+    for batch in (1, 7, 64, 200):
+        parts = Mean(0, 0)
+        for i in range(0, len(y), batch):
+            n = len(y[i : i + batch])
+            padded = np.full((batch, K), np.nan, np.float32)
+            padded[:n] = z[i : i + n]
+            truth = np.resize(y[i : i + n], batch)
+            parts += jax.device_get(run(metric, padded, truth, np.arange(batch) < n))
+        for got, expected in zip(parts, whole, strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("metric", ALL, ids=IDS)
+def test_soft_labels_further_axes_and_compilation(metric):
+    z, y = data(12)
+    expected = run(metric, z, y)
+    mask = jnp.ones(4)
+    for other in (
+        run(metric, z, np.eye(K, dtype=np.float32)[y] * 0.5 + 0.1),
+        run(metric, z.reshape(4, 3, K), y.reshape(4, 3), mask),
+        run(metric, z.reshape(4, 3, K), y.reshape(4, 3), jnp.ones((4, 3))),
+        jax.jit(metric.__call__)(z, y, jnp.ones(12)),
+        run(metric, jnp.asarray(z, jnp.float32), y.astype(np.uint8)),
+    ):
+        for got, want in zip(other, expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+            assert got.dtype == jnp.float32
+
+
+def test_ties_go_to_the_earlier_class():
+    z = np.zeros((K, K))  # all equal: the first k classes are "the k largest"
+    y = np.arange(K)
+    assert run(Accuracy(), z, y).value() == 1 / K
+    for k in range(1, K + 1):
+        assert run(TopK(k), z, y).value() == k / K
+    rng = np.random.default_rng(1)
+    z, y = rng.integers(0, 3, (200, K)).astype(np.float32), rng.integers(0, K, 200)
+    for k in range(1, K):
+        chosen = jax.lax.top_k(jnp.asarray(z), k)[1]
+        assert run(TopK(k), z, y).total == (chosen == y[:, None]).any(1).sum()
+    assert run(TopK(1), z, y).total == run(Accuracy(), z, y).total == (z.argmax(1) == y).sum()
+
+
+def test_nan_and_labels_that_are_no_class_are_wrong():
+    z = np.array([[np.nan, 1, 0], [np.nan, 1, 0], [np.nan] * 3, [-3, -2, -1], [-3, -2, -1]])
+    y = np.array([0, 1, 0, 3, -1])
+    assert run(Accuracy(), z, y).total == 0
+    assert run(TopK(3), z, y).total == 1  # of the second, whose own output is a number
+    assert run(PerClassAccuracy(3), z, y).total.sum() == 0
+    assert run(ConfusionMatrix(3), z, y).weight.sum() == 3
+
+
+def test_inside_shard_map():
+    z, y = data(32)
+    mesh = jax.make_mesh((4,), ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    for metric in ALL:
+        sharded = jax.shard_map(
+            lambda z, y, mask, metric=metric: jax.lax.psum(metric(z, y, mask), "data"),
+            mesh=mesh,
+            in_specs=(spec, spec, spec),
+            out_specs=jax.sharding.PartitionSpec(),
+        )(z, y, jnp.ones(32))
+        for got, want in zip(sharded, run(metric, z, y), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: run(Accuracy(), np.ones((4, 3)), np.zeros(5, int)), r"\(5,\).*\(4, 3\)"),
+        (lambda: run(Accuracy(), np.ones((4, 3)), np.zeros(4)), r"soft labels of shape \(4,\)"),
+        (lambda: run(Accuracy(), np.ones((4, 3)), np.zeros((4, 2))), r"\(4, 2\).*\(4, 3\)"),
+        (lambda: run(Accuracy(), np.ones((4, 1)), np.zeros(4, int)), r"\(4, 1\).*classes >= 2"),
+        (lambda: run(Accuracy(), np.ones((4, 3)), np.zeros(4, int), np.ones(3)), r"\(3,\).*\(4,\)"),
+        (lambda: run(TopK(5), np.ones((4, 3)), np.zeros(4, int)), r"TopK\(5\).*\(4, 3\)"),
+        (lambda: run(ConfusionMatrix(4), np.ones((4, 3)), np.zeros(4, int)), r"\(4, 3\)"),
+        (lambda: run(PerClassAccuracy(4), np.ones((4, 3)), np.zeros(4, int)), r"\(4, 3\)"),
+        (lambda: TopK(0), "TopK.k=0"),
+    ],
+)
+def test_errors_name_the_shapes(call, says):
+    with pytest.raises(ValueError, match=says) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_names():
+    assert IDS == ["accuracy", "top2", "per_class_accuracy", "confusion_matrix"]
