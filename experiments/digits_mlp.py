@@ -3,7 +3,7 @@
 CLAIM
 """
 
-from jaxeco import data, losses, metrics, models, optim
+from jaxeco import data, losses, metrics, models, optim, schedules
 from jaxeco.experiment import Epochs, Experiment, Steps
 
 
@@ -24,7 +24,7 @@ def experiment(
         loss=losses.SoftmaxCrossEntropy(),
         metrics=(metrics.Accuracy(),),
         eval_metrics=(metrics.ConfusionMatrix(10),),
-        optimizer=optim.AdamW(lr=optim.Cosine(lr, warmup=0.1), weight_decay=weight_decay),
+        optimizer=optim.AdamW(lr=schedules.Cosine(lr, warmup=0.1), weight_decay=weight_decay),
         batch=batch,
         length=Epochs(epochs),
         eval_batch=360,

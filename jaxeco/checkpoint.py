@@ -26,7 +26,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,8 +111,8 @@ class Checkpoints:
                 if re.fullmatch(r"[0-9]+(\.old)?\.tmp", path.name):
                     _remove(path)
         self._orbax = _orbax().AsyncCheckpointer(_handler())
-        self._worker = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[None] | None = None
+        self._worker = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: futures.Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -178,7 +178,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when the last `save` is complete. Raises UserError if it failed."""
         if self._pending is not None:
-            wait([self._pending])  # interrupted by Ctrl-C, it is still pending afterwards
+            futures.wait([self._pending])  # interrupted by Ctrl-C, it is still pending afterwards
             finished, self._pending = self._pending, None
             finished.result()
 

@@ -5,6 +5,7 @@ Strict throughout: an unknown name, a value of the wrong type or a file that doe
 """
 
 import ast
+import contextlib
 import difflib
 import hashlib
 import inspect
@@ -112,7 +113,7 @@ def parse(text: str, hint: Any, name: str) -> Any:
     if origin is tuple:
         words = [w.strip() for w in text.strip("()[]").split(",") if w.strip()]
         kinds = [options[0]] * len(words) if options[-1] is Ellipsis else list(options)
-        if len(words) == len(kinds):
+        with contextlib.suppress(UserError, ValueError):
             return tuple(parse(w, k, name) for w, k in zip(words, kinds, strict=True))
     raise UserError(f"{name}={text}: expected {type_name(hint)}")
 

@@ -51,6 +51,11 @@ def measure(ex: Experiment, outputs: Any, batch: Mapping[str, Any], training: bo
     return sums | {metric.name: metric(outputs, y, mask) for metric in metrics}
 
 
+def values(sums: Sums) -> dict[str, Any]:
+    """Sums divided by their weights, on the host; the loss first, as people read it."""
+    return {name: sums[name].value() for name in ("loss", *(n for n in sums if n != "loss"))}
+
+
 def preprocess(ex: Experiment, batch: dict[str, Any]) -> dict[str, Any]:
     for transform in ex.preprocess:
         batch = transform(batch)
@@ -112,4 +117,4 @@ def evaluate(
     sums, count = add(totals, pending)
     if count != size:
         raise RuntimeError(f"evaluation counted {count:.0f} examples of {size}")
-    return {name: mean.value() for name, mean in sums.items()}
+    return values(sums)

@@ -25,7 +25,7 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: jax.Array, weights: jax.Array) -> "Mean":
-        """The mean of `values`, [B, ...]; what stands where a weight is 0 does not matter, NaN or not.
+        """The mean of `values`, [B, ...]. Where the weight is 0 the value has no effect, even NaN.
 
         Args:
           values: any shape.

@@ -150,7 +150,9 @@ class AdaGrad(GradientDescent):
         # optax.scale_by_rss has its epsilon inside the root, where 1e-10 is no longer small
 
         def init(params: Any) -> optax.ScaleByRssState:
-            return optax.ScaleByRssState(jax.tree.map(lambda w: jnp.full_like(w, self.initial), params))
+            return optax.ScaleByRssState(
+                jax.tree.map(lambda w: jnp.full_like(w, self.initial), params)
+            )
 
         def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             s = jax.tree.map(lambda s, g: s + g * g, state.sum_of_squares, grads)

@@ -58,4 +58,7 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = error.status
+    except KeyboardInterrupt:
+        print("interrupted before training; nothing was saved", file=sys.stderr)
+        status = 130
     sys.exit(status)

@@ -27,7 +27,7 @@ def configure(fake_devices: int | None = None) -> None:
       fake_devices: present the CPU as this many devices, to try sharding on one machine.
     """
     assert "jax" not in sys.modules, "runtime.configure() must run before jax is imported"
-    flags = {}
+    flags: dict[str, str] = {}
     jaxlib = tuple(int(part) for part in version("jaxlib").split(".")[:2])
     if CPU_FLAGS_TRIED_FROM <= jaxlib < CPU_FLAGS_TRIED_BELOW:
         flags |= CPU_FLAGS

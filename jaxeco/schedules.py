@@ -3,8 +3,8 @@
 A moment of a run is written as a float (a fraction of the run: 0.5 is its middle) or as an int (a
 count of steps: 500). Steps are numbered from 0, and step t uses the rate at t. Where a schedule
 rises from a value or falls to one, that value lies one step outside the run: the start at step -1,
-the end at step `total_steps`. So no step is spent at a rate of 0. The peak itself is reached, unless
-a warm-up counted in steps is longer than the run.
+the end at step `total_steps`. So no step is spent at a rate of 0. The peak itself is reached, but
+by a warm-up that is longer than the run.
 
 One formula serves two callers: with a traced step it is part of the compiled train step (an optax
 schedule), with a Python int it is plain numpy, so that the log can ask without touching a device.

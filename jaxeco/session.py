@@ -1,8 +1,5 @@
 """One session of a run, as a person sees it: summary, training, end table, pictures, result."""
 
-import sys
-import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,8 @@ from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics
 from jaxeco.train import Diverged, Plan, State, fit, plan
 
+Row = tuple[str, ...]
+
 
 def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None) -> int:
     """Trains, evaluates, saves and reports; returns the exit status.
@@ -30,31 +29,31 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
     """
     ex = loaded.experiment
     folder = folders.choose(ex.name, workdir, resume)
-    with folders.locked(folder), Interrupt() as interrupt:
+    with folders.locked(folder):
         p = plan(ex)
+        minimise = ex.best is not None and ex.best.startswith("-")
         with Checkpoints(
-            folder / "checkpoints", description=identity(p), keep=ex.keep, best=ex.best
+            folder / "checkpoints",
+            description=identity(p),
+            keep=ex.keep,
+            best=ex.best.lstrip("-") if ex.best else None,
+            best_mode="min" if minimise else "max",
         ) as checkpoints:
-            restored = checkpoints.restore(p.abstract_state()) if resume else None
-            state = restored or p.place(jax.jit(p.init)())
-            first = int(state.step)
+            found = checkpoints.restore(p.abstract_state()) if resume else None
+            state, first = found or (p.place(jax.jit(p.init)()), 0)
             folders.record(folder, loaded, first_step=first, **environment(p))
-            with Log(folder, total_steps=p.steps, first_step=first, examples_per_step=ex.batch) as log:
-                log.table(ex.name, summary(p, state, folder, resume))
+            with Log(
+                folder, total_steps=p.steps, first_step=first, examples_per_step=ex.batch
+            ) as log:
+                log.table(ex.name, summary(p, folder, first, resume, log.tensorboard))
                 try:
-                    state = fit(p, state, checkpoints, log, interrupt, stop_at)
+                    with Interrupt() as interrupt:
+                        state = fit(p, state, checkpoints, log, interrupt, stop_at)
                 except Diverged as error:
-                    good = checkpoints.latest_step()
-                    last = "there is no checkpoint before it" if good is None else (
-                        f"the last good checkpoint is of step {good}"
-                    )
-                    raise Diverged(
-                        f"{error}; {last}; the state is kept in {folder / 'diverged'};"
-                        " try a lower learning rate, or clip_norm=1"
-                    ) from error
-                step = int(state.step)
+                    raise diverged(error, checkpoints, folder) from error
                 if interrupt.signal:
-                    log.note(f"{interrupt.signal.name}: saved step {step}; go on with --resume")
+                    done = f"saved step {int(state.step):,}; --resume goes on from there"
+                    log.note(f"{interrupt.signal.name}: {done}")
                 finish(p, state, folder, log)
     return interrupt.exit_status if interrupt.signal else 0
 
@@ -98,34 +97,57 @@ def environment(p: Plan) -> dict[str, Any]:
     }
 
 
-def summary(p: Plan, state: State, folder: Path, resume: bool) -> dict[str, str]:
+def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -> list[Row]:
     """What is about to happen, for the table at the start."""
-    ex, step = p.ex, int(state.step)
-    flops = jax.jit(p.step).lower(jax.eval_shape(p.init), p.batch(ex.batch)).cost_analysis()
-    devices = p.mesh.devices.flat
-    rows = {
-        "devices": f"{p.mesh.size} x {devices[0].device_kind}, {ex.parallel}",
-        "parameters": f"{count(state.params):,}",
-        "train": f"{p.train.name}, {len(p.train):,} examples",
-        **{name: f"{data.name}, {len(data):,} examples" for name, data in p.evals.items()},
-        "steps": f"{p.steps:,} of {ex.batch} examples, {p.steps_per_epoch:,} an epoch",
-        "FLOPs a step": f"{flops['flops']:.3g}",
-        "folder": str(folder),
-    }
+    ex = p.ex
+    state, devices = jax.eval_shape(p.init), list(p.mesh.devices.flat)
+    cost = jax.jit(p.step).lower(state, p.batch(ex.batch)).cost_analysis()
+    rows = [
+        ("devices", f"{len(devices)} x {devices[0].device_kind}, through {ex.parallel}"),
+        ("parameters", f"{count(state.params):,}"),
+        ("FLOPs a step", f"{cost['flops']:.3g}"),
+        ("train", f"{p.train.name}: {len(p.train):,} examples"),
+        *((split, f"{data.name}: {len(data):,} examples") for split, data in p.evals.items()),
+        ("steps", f"{p.steps:,} with {ex.batch} examples each; {p.steps_per_epoch:,} an epoch"),
+        ("folder", str(folder)),
+        ("TensorBoard", tensorboard),
+    ]
     if resume:
-        rows["resumed"] = f"from step {step:,}" if step else "nothing to resume: from the start"
-    if not find_spec("tensorboardX"):
-        rows["TensorBoard"] = "off; pip install 'jaxeco[tensorboard]' turns it on"
+        rows.append(("resumed", f"from step {first:,}" if first else "nothing there: from the start"))
     return rows
+
+
+def diverged(error: Diverged, checkpoints: Checkpoints, folder: Path) -> Diverged:
+    """Keeps the State, and says what is left and what to try."""
+    aside = folder / "diverged"
+    with Checkpoints(aside, description={}, keep=1) as kept:
+        kept.save(error.state)
+    good = checkpoints.latest_step()
+    last = "no checkpoint before it" if good is None else f"the last good checkpoint is step {good}"
+    return Diverged(
+        f"{error}; {last}; the state is kept in {aside}; try a lower learning rate or clip_norm=1"
+    )
 
 
 def finish(p: Plan, state: State, folder: Path, log: Log) -> None:
     """The end table, result.json and the pictures."""
-    metrics = read_metrics(folder)
-    step = int(state.step)
-    last = {line["split"]: line for line in metrics if line["step"] == step}
+    metrics, step = read_metrics(folder), int(state.step)
+    final = {line["split"]: line for line in metrics if line["step"] == step}
+    rows: list[Row] = [("split", "metric", "value")]
+    result: dict[str, Any] = {"step": step, "of": p.steps, "seed": p.ex.seed}
+    for split, line in final.items():
+        values = {k: v for k, v in line.items() if k not in ("step", "split")}
+        scalars = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        rows += [(split, name, f"{value:.4f}") for name, value in scalars.items() if name != "time"]
+        result[split] = scalars
+    result["seconds"] = metrics[-1]["time"] if metrics else 0.0
+    folders.write_result(folder, result)
+    log.table(f"{p.ex.name} after {step:,} of {p.steps:,} steps, {result['seconds']:.1f} s", rows)
+    if metrics:
+        plots.curves(metrics, folder / "curves.png")
+    for split, data in p.evals.items():
+        matrix = final[split]["confusion_matrix"] if "confusion_matrix" in final.get(split, {}) else None
     ...
-    plots.curves(metrics, folder / "curves.png")
 
 
 def count(params: Any) -> int:

@@ -24,7 +24,7 @@ from jaxeco.data.dataset import Dataset
 from jaxeco.data.image import augmented
 from jaxeco.data.pipeline import Feed, assemble, fits
 from jaxeco.errors import RunFailed, UserError
-from jaxeco.evaluate import Sums, eval_step, evaluate, forward, measure, preprocess
+from jaxeco.evaluate import Sums, eval_step, evaluate, forward, measure, preprocess, values
 from jaxeco.experiment import Experiment
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log
@@ -201,7 +201,9 @@ def plan(ex: Experiment, devices: Sequence[jax.Device] | None = None) -> Plan:
 
 
 class Diverged(RunFailed):
-    """The loss of a step is not finite."""
+    """The loss of a step is not finite. `fit` adds the State that it came to."""
+
+    state: State
 
 
 def mean_over(calls: list[tuple[int, Sums]]) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def mean_over(calls: list[tuple[int, Sums]]) -> dict[str, Any]:
             raise Diverged(f"the loss is {losses_n[bad]} at step {first + bad}")
         sums = jax.tree.map(lambda a: np.sum(a, axis=0, dtype=np.float64), sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-    return {name: mean.value() for name, mean in totals.items()}
+    return values(totals)
 
 
 class Evaluator:
@@ -256,7 +258,7 @@ def fit(
     due, so that the device never waits for it.
 
     Raises:
-      Diverged: the loss became NaN or infinite; that State is kept in the folder "diverged".
+      Diverged: the loss became NaN or infinite; the error holds the State.
     """
     ex = plan.ex
     end = min(plan.steps, stop_at or plan.steps)
@@ -276,17 +278,17 @@ def fit(
 
     try:
         while True:
-            values: dict[str, Any] = {}
+            scores: dict[str, Any] = {}
             if step and (step % every_eval == 0 or step == end) and not log.evaluated(step):
                 report()
                 for split, evaluator in evaluators.items():
                     if found := evaluator(state, stop=lambda: interrupt.signal is not None):
                         log.evaluation(step, split, found)
-                        values |= {f"{split}/{metric}": value for metric, value in found.items()}
+                        scores |= {f"{split}/{k}": v for k, v in found.items() if np.ndim(v) == 0}
             done = step == end or interrupt.signal is not None
-            if done or values or (step and step % every_save == 0):
+            if done or scores or (step and step % every_save == 0):
                 report()  # so that a State that diverged is never saved
-                checkpoints.save(state, values)
+                checkpoints.save(state, scores, step=step)
             if done:
                 return state
             n = min(end, *((step // grid + 1) * grid for grid in stops)) - step
@@ -295,8 +297,8 @@ def fit(
                 report()  # of the calls before this one, on which the device is busy now
             pending.append((step, sums))
             step += n
-    except Diverged:
-        checkpoints.keep_aside("diverged", state)
+    except Diverged as error:
+        error.state = state
         raise
     finally:
         feed.close()

@@ -13,7 +13,7 @@ FILE = '''
 Its claim.
 """
 from typing import Literal
-from jaxeco import data, losses, metrics, models, optim
+from jaxeco import data, losses, metrics, models, optim, schedules
 from jaxeco.experiment import Epochs, Experiment
 
 
@@ -33,7 +33,7 @@ def experiment(
         model=models.MLP(widths=widths, classes=10, activation=act),
         loss=losses.SoftmaxCrossEntropy(label_smoothing=0.1 if smooth else 0.0),
         metrics=(metrics.Accuracy(),),
-        optimizer=optim.AdamW(lr=optim.Cosine(lr, warmup=0.1)),
+        optimizer=optim.AdamW(lr=schedules.Cosine(lr, warmup=0.1)),
         batch=batch,
         length=Epochs(2),
         clip_norm=clip,

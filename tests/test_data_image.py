@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from scipy import stats
 from jaxeco import axes
 from jaxeco.data.image import Crop, Cutout, Flip, Normalize, augmented
 
-AUGMENTATIONS = [Flip(), Crop(2), Crop(3, "reflect"), Cutout(3)]
+AUGMENTATIONS = [Flip(), Crop(3, "reflect"), Cutout(3)]
 
 
 def images(count, height=6, width=5, channels=3, dtype=np.float32):
@@ -18,12 +20,12 @@ def images(count, height=6, width=5, channels=3, dtype=np.float32):
     return x.astype(dtype)
 
 
-def keys(count, seed=0):
-    return axes.example_keys(jax.random.key(seed), count)
+def keys(count):
+    return jax.jit(axes.example_keys, static_argnums=1)(jax.random.key(0), count)
 
 
-def applied(transform, x, seed=0):
-    return np.asarray(transform(keys(len(x), seed), {"x": jnp.asarray(x)})["x"])
+def applied(transform, x):
+    return np.asarray(jax.jit(transform)(keys(len(x)), {"x": jnp.asarray(x)})["x"])
 
 
 def test_normalize_by_hand():
@@ -110,15 +112,15 @@ def test_jit_equals_eager_and_only_x_is_touched(transform):
 @pytest.mark.parametrize("transform", AUGMENTATIONS, ids=str)
 def test_an_example_does_not_depend_on_its_neighbours(transform):
     x = images(12)
-    together = applied(transform, x)
-    alone = transform(keys(12)[5:6], {"x": jnp.asarray(x[5:6])})["x"]
-    np.testing.assert_array_equal(together[5:6], alone)
+    crowd = x.copy()
+    crowd[np.arange(12) != 5] = 7
+    np.testing.assert_array_equal(applied(transform, crowd)[5], applied(transform, x)[5])
 
 
 def test_normalize_jit_equals_eager():
     normalize = Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
     batch = {"x": jnp.asarray(images(4, dtype=np.uint8))}
-    np.testing.assert_allclose(jax.jit(normalize)(batch)["x"], normalize(batch)["x"], rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(normalize)(batch)["x"], normalize(batch)["x"], atol=1e-6)
 
 
 def augment(x_BxHxWxC):
@@ -128,12 +130,10 @@ def augment(x_BxHxWxC):
 
 def test_eight_devices_equal_one():
     x = jnp.asarray(images(24))
-    single = np.asarray(augment(x))
+    single = np.asarray(jax.jit(augment)(x))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     mapped = jax.jit(jax.shard_map(augment, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
     np.testing.assert_array_equal(mapped(x), single)
-    pmapped = jax.pmap(augment, axis_name="data")(x.reshape(8, 3, *x.shape[1:]))
-    np.testing.assert_array_equal(pmapped.reshape(x.shape), single)
     sharding = NamedSharding(mesh, P("data"))
     sharded = jax.jit(augment, out_shardings=sharding)
     x = jax.device_put(x, sharding)
@@ -144,8 +144,8 @@ def test_eight_devices_equal_one():
 
 def test_one_key_gives_two_transforms_draws_of_their_own():
     x = jnp.asarray(images(200, 4, 4, 1))
-    once = augmented([Flip()], keys(200), {"x": x})["x"]
-    twice = augmented([Flip(), Flip()], keys(200), {"x": x})["x"]
+    once = applied(partial(augmented, [Flip()]), x)
+    twice = applied(partial(augmented, [Flip(), Flip()]), x)
     # The same draw twice would undo every flip.
     first, both = ((out != x).any((1, 2, 3)) for out in (once, twice))
     assert 0.3 < first.mean() < 0.7 and 0.3 < both.mean() < 0.7

@@ -17,17 +17,18 @@ class OnDemand:
     """A field that decodes when indexed, and cannot decode one of its examples."""
 
     def __init__(self, values, broken=None):
-        self._values, self._broken = values, broken
+        self._values, self.broken = values, broken
         self.shape, self.dtype = values.shape, values.dtype
 
     def __getitem__(self, indices):
-        if self._broken in indices:
-            raise UserError(f"example {self._broken} is damaged")
+        if self.broken in indices:
+            raise UserError(f"example {self.broken} is damaged")
         return self._values[indices]
 
 
 def values(count):
-    return np.arange(count * 6, dtype=np.uint8).reshape(count, 2, 3), np.arange(count, dtype=np.int32)
+    x = np.arange(count * 6, dtype=np.uint8).reshape(count, 2, 3)
+    return x, np.arange(count, dtype=np.int32)
 
 
 def dataset(count=10, wrap=lambda array: array):
@@ -53,11 +54,17 @@ def reading_threads():
     return [thread for thread in threading.enumerate() if "grain" in thread.name]
 
 
+def assert_no_thread_reads_on():
+    for thread in reading_threads():  # told to stop, each finishes the batch it is at
+        thread.join(10)
+    assert not reading_threads()
+
+
 @pytest.mark.parametrize("resident", [True, False])
 def test_batches_follow_the_order(resident):
     x, y = values(10)
     with Feed.training(dataset(), 4, seed=5, resident=resident) as feed:
-        assert feed.steps is None and feed.batch == 4
+        assert feed.steps == 2 and feed.batch == 4
         for step, batch in enumerate(batches(feed, range(7))):
             index = order.indices(5, step, 4, 10)
             assert_same(batch, {"x": x[index], "y": y[index], "mask": np.ones(4, np.float32)})
@@ -86,6 +93,7 @@ def test_streaming_equals_resident_bit_for_bit(kind, tmp_path):
     ):
         assert set(resident.resident) == {"x", "y"} and streaming.resident == {}
         assert resident.fed(0)["index"].dtype == np.int32
+        assert streaming.fed(0)["x"].dtype == resident.resident["x"].dtype
         assert_same(batches(resident, range(40)), batches(streaming, range(40)))
 
 
@@ -131,7 +139,7 @@ def test_threads_end_with_the_feed():
     with Feed.training(dataset(wrap=OnDemand), 4, seed=0, resident=False) as feed:
         feed.fed(0)
         assert reading_threads()
-    assert not reading_threads()
+    assert_no_thread_reads_on()
     feed.close()  # a second time does no harm
 
 
@@ -147,7 +155,15 @@ def test_a_damaged_example_reaches_the_main_thread():
             else:
                 feed.fed(step)
         assert 0 < len(bad) < 10
-    assert not reading_threads()
+        # Once it is mended, the same step gives its own batch, not the one that was read ahead.
+        step = next(step for step in bad if step - 1 in range(10) and step - 1 not in bad)
+        feed.fed(step - 1)
+        with pytest.raises(UserError):
+            feed.fed(step)
+        data.fields["x"].broken = None
+        np.testing.assert_array_equal(feed.fed(step)["y"][0], order.indices(0, step, 4, 10))
+        data.fields["x"].broken = 7
+    assert_no_thread_reads_on()
     with pytest.raises(UserError, match="example 7 is damaged"):
         Feed.training(data, 4, seed=0, resident=True)
 

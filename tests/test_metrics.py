@@ -1,5 +1,7 @@
 """Metrics: against scikit-learn, and exact under padding and under any cut into batches."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +20,14 @@ def data(n=101, seed=0):
     return rng.normal(size=(n, K)).astype(np.float32), rng.integers(0, K, n).astype(np.int32)
 
 
+@partial(jax.jit, static_argnums=0)
+def compiled(metric, z, y, mask):
+    return metric(z, y, mask)
+
+
 def run(metric, z, y, mask=None):
     mask = np.ones(y.shape[:1]) if mask is None else mask
-    return metric(jnp.asarray(z), jnp.asarray(y), jnp.asarray(mask, jnp.float32))
+    return compiled(metric, np.float32(z), y, np.float32(mask))
 
 
 def test_mean_by_hand():
@@ -79,16 +86,14 @@ def test_confusion_by_hand():
     confusion = run(ConfusionMatrix(3), z, np.array([0, 0, 1, 1]))
     np.testing.assert_array_equal(confusion.total, [[1, 1, 0], [1, 1, 0], [0, 0, 0]])
     np.testing.assert_array_equal(confusion.weight, [[2], [2], [0]])
-    np.testing.assert_array_equal(
-        confusion.value(), [[0.5, 0.5, 0], [0.5, 0.5, 0], [np.nan] * 3]
-    )
+    np.testing.assert_array_equal(confusion.value(), [[0.5, 0.5, 0], [0.5, 0.5, 0], [np.nan] * 3])
 
 
 @pytest.mark.parametrize("metric", ALL, ids=IDS)
 def test_batches_with_padding_add_up_to_the_whole(metric):
     z, y = data()
     whole = run(metric, z, y)
-    for batch in (1, 7, 64, 200):
+    for batch in (7, 128):
         parts = Mean(0, 0)
         for i in range(0, len(y), batch):
             n = len(y[i : i + batch])
@@ -100,8 +105,8 @@ def test_batches_with_padding_add_up_to_the_whole(metric):
             np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("metric", ALL, ids=IDS)
-def test_soft_labels_further_axes_and_compilation(metric):
+@pytest.mark.parametrize("metric", [ALL[0], ALL[3]], ids=[IDS[0], IDS[3]])
+def test_soft_labels_and_further_axes_and_uncompiled(metric):
     z, y = data(12)
     expected = run(metric, z, y)
     mask = jnp.ones(4)
@@ -109,8 +114,8 @@ def test_soft_labels_further_axes_and_compilation(metric):
         run(metric, z, np.eye(K, dtype=np.float32)[y] * 0.5 + 0.1),
         run(metric, z.reshape(4, 3, K), y.reshape(4, 3), mask),
         run(metric, z.reshape(4, 3, K), y.reshape(4, 3), jnp.ones((4, 3))),
-        jax.jit(metric.__call__)(z, y, jnp.ones(12)),
-        run(metric, jnp.asarray(z, jnp.float32), y.astype(np.uint8)),
+        metric(jnp.asarray(z), jnp.asarray(y), jnp.ones(12)),  # uncompiled
+        run(metric, z, y.astype(np.uint8)),
     ):
         for got, want in zip(other, expected, strict=True):
             np.testing.assert_array_equal(got, want)
@@ -121,12 +126,12 @@ def test_ties_go_to_the_earlier_class():
     z = np.zeros((K, K))  # all equal: the first k classes are "the k largest"
     y = np.arange(K)
     assert run(Accuracy(), z, y).value() == 1 / K
-    for k in range(1, K + 1):
-        assert run(TopK(k), z, y).value() == k / K
+    assert run(TopK(3), z, y).value() == 3 / K
+    assert run(TopK(K), z, y).value() == 1
     rng = np.random.default_rng(1)
     z, y = rng.integers(0, 3, (200, K)).astype(np.float32), rng.integers(0, K, 200)
-    for k in range(1, K):
-        chosen = jax.lax.top_k(jnp.asarray(z), k)[1]
+    for k in (1, 3):
+        chosen = np.asarray(jax.lax.top_k(z, k)[1])
         assert run(TopK(k), z, y).total == (chosen == y[:, None]).any(1).sum()
     assert run(TopK(1), z, y).total == run(Accuracy(), z, y).total == (z.argmax(1) == y).sum()
 
@@ -142,16 +147,18 @@ def test_nan_and_labels_that_are_no_class_are_wrong():
 
 def test_inside_shard_map():
     z, y = data(32)
-    mesh = jax.make_mesh((4,), ("data",))
+    mesh = jax.sharding.Mesh(jax.devices()[:4], ("data",))
     spec = jax.sharding.PartitionSpec("data")
-    for metric in ALL:
-        sharded = jax.shard_map(
-            lambda z, y, mask, metric=metric: jax.lax.psum(metric(z, y, mask), "data"),
+    sharded = jax.jit(
+        jax.shard_map(
+            lambda z, y, mask: jax.lax.psum([m(z, y, mask) for m in ALL], "data"),
             mesh=mesh,
             in_specs=(spec, spec, spec),
             out_specs=jax.sharding.PartitionSpec(),
-        )(z, y, jnp.ones(32))
-        for got, want in zip(sharded, run(metric, z, y), strict=True):
+        )
+    )(z, y, np.ones(32, np.float32))
+    for metric, sums in zip(ALL, sharded, strict=True):
+        for got, want in zip(sums, run(metric, z, y), strict=True):
             np.testing.assert_array_equal(got, want)
 
 

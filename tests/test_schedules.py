@@ -105,7 +105,7 @@ def test_equals_optax_where_optax_has_the_same():
 
 def test_the_host_evaluation_touches_no_device():
     with jax.transfer_guard("disallow_explicit"):
-        assert type(Cosine(0.3, warmup=2).build(10)(3)) is not jax.Array
+        assert not isinstance(Cosine(0.3, warmup=2).build(10)(3), jax.Array)
 
 
 def test_a_traced_peak():

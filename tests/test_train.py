@@ -58,10 +58,10 @@ def run_steps(p: Plan, n: int, calls: int = 1) -> tuple[State, np.ndarray]:
 
 
 def assert_close(a: Any, b: Any, rtol: float) -> None:
-    """Relative to each array's largest entry."""
+    """Relative to each entry, or to the largest of all (a bias before batch norm is only noise)."""
+    largest = max(np.abs(np.asarray(leaf)).max() for leaf in jax.tree.leaves(b))
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        left, right = np.asarray(left), np.asarray(right)
-        np.testing.assert_allclose(left, right, rtol=rtol, atol=rtol * np.abs(right).max())
+        np.testing.assert_allclose(left, right, rtol=rtol, atol=rtol * largest)
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +179,9 @@ def train(folder: Path, ex: Experiment, stop_at: int | None = None) -> State:
     """One session in `folder`, resumed if there is something to resume."""
     p = plan(ex, jax.devices()[:2])
     with Interrupt() as interrupt, Checkpoints(folder / "checkpoints", description={}) as saved:
-        state = saved.restore(p.abstract_state()) or p.place(p.init())
+        state, step = saved.restore(p.abstract_state()) or (p.place(p.init()), 0)
         with Log(
-            folder, total_steps=p.steps, first_step=int(state.step), examples_per_step=ex.batch
+            folder, total_steps=p.steps, first_step=step, examples_per_step=ex.batch
         ) as log:
             return fit(p, state, saved, log, interrupt, stop_at)
 
@@ -209,15 +209,17 @@ def test_what_the_log_holds(tmp_path: Path) -> None:
     train(tmp_path, experiment())
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines if line["split"] == "test"] == [10, 20]
-    assert [line["step"] for line in lines if line["split"] == "train"] == [4, 8, 10, 12, 16, 20]
+    assert [line["step"] for line in lines if line["split"] == "train"] == [
+        *(4, 5, 8, 10, 12, 15, 16, 20)  # where the log, a checkpoint or an evaluation was due
+    ]
     assert all({"loss", "accuracy"} <= line.keys() for line in lines)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(tmp_path: Path) -> None:
     ex = experiment(optimizer=optim.SGD(lr=1e30), save_every=Steps(1), eval_every=Steps(20))
-    with pytest.raises(Diverged, match=r"the loss is (nan|inf) at step [1-9]"):
+    with pytest.raises(Diverged, match=r"the loss is (nan|inf) at step [1-9]") as error:
         train(tmp_path, ex)
-    assert (tmp_path / "checkpoints" / "diverged").exists() or (tmp_path / "diverged").exists()
+    assert int(error.value.state.step) >= 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Data: what an experiment file names, as in `from jaxeco import data; data.Digits(split="train")`."""
+"""What an experiment file names: `from jaxeco import data`, then `data.Digits(split="train")`."""
 
 from jaxeco.data.dataset import Dataset, Source
 from jaxeco.data.image import Crop, Cutout, Flip, Normalize, augmented

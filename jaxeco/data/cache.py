@@ -104,7 +104,10 @@ def _write(
         shutil.rmtree(abandoned, ignore_errors=True)  # of a killed process: we hold the lock
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
-        digests = {field: hashlib.blake2b(digest_size=16) for field in layout}
+        digests = {
+            field: hashlib.blake2b(f"{shape} {dtype}".encode(), digest_size=16)
+            for field, (shape, dtype) in layout.items()
+        }
         with ExitStack() as stack:
             files = {}
             for field, (shape, dtype) in layout.items():
@@ -115,7 +118,7 @@ def _write(
             # SIGBUS instead of an error.
             for block in blocks():
                 for field, values in block.items():
-                    data = np.ascontiguousarray(values, layout[field][1])
+                    data = np.ascontiguousarray(values, layout[field][1]).data
                     files[field].write(data)
                     digests[field].update(data)
         written = {field: np.load(partial / f"{field}.npy", mmap_mode="r") for field in layout}
@@ -141,11 +144,11 @@ def _description(array: np.ndarray) -> dict[str, Any]:
 
 def _checksum(array: np.ndarray) -> int:
     """CRC-32 of an array's bytes; of blocks spread evenly over it if it exceeds CHECKED_BYTES."""
-    flat = array.reshape(-1).view(np.uint8)
-    if flat.size <= CHECKED_BYTES:
+    flat = array.reshape(-1).view(np.uint8).data
+    if len(flat) <= CHECKED_BYTES:
         return zlib.crc32(flat)
     crc, block = 0, CHECKED_BYTES // 512
-    for start in np.linspace(0, flat.size - block, 512).astype(np.int64):
+    for start in np.linspace(0, len(flat) - block, 512).astype(np.int64):
         crc = zlib.crc32(flat[start : start + block], crc)
     return crc
 

@@ -1,8 +1,8 @@
 """From a data set to batches, by step, in one of two ways that differ only in speed and memory.
 
-Resident: the examples lie on the device, undecoded bytes are gone, and a step is fed only indices.
-Streaming: threads decode batches ahead of the step that wants them. The batches are the same, bit
-for bit, and either way a batch is a function of the step alone: nothing to save, nothing to skip.
+Resident: all examples lie decoded on the device, and a step is fed nothing but indices. Streaming:
+threads decode batches ahead of the step that wants them. The batches are the same, bit for bit, and
+either way a batch is a function of the step alone: nothing to save, nothing to skip.
 
     with Feed.training(dataset, batch=256, seed=0, resident=True, place=place) as feed:
         fed = feed.fed(step, n)                      # numpy, [n, B, ...], for a scan over n steps
@@ -21,7 +21,7 @@ import numpy as np
 from jaxeco.data import order
 from jaxeco.data.dataset import Dataset, Field
 
-Arrays = dict[str, np.ndarray]
+Fields = dict[str, np.ndarray]
 
 # Decoders release the GIL, but more threads than this only add memory: each holds a batch.
 _THREADS = min(8, os.cpu_count() or 1)
@@ -38,28 +38,30 @@ class Feed:
     Attributes:
       dataset: where the examples come from.
       batch: B, examples in a batch.
-      steps: batches in an evaluation; None in training, which has no end.
+      steps: batches in one pass over the data. Training goes on after it, evaluation ends.
       resident: device arrays [N, ...] by field, or {} when streaming.
     """
 
     dataset: Dataset
     batch: int
-    steps: int | None
+    steps: int
     resident: dict[str, Any]
 
     def __init__(
         self,
         dataset: Dataset,
         batch: int,
-        steps: int | None,
-        plan: Callable[[int], Arrays],
+        steps: int,
+        plan: Callable[[int], Fields],
         *,
+        ends: bool,
         resident: bool,
-        place: Callable[[Arrays], dict[str, Any]],
+        place: Callable[[Fields], dict[str, Any]],
     ):
         """Use the named constructors. `plan(step)` gives "index", i32[B], and maybe "mask"."""
         self.dataset, self.batch, self.steps = dataset, batch, steps
         self._plan = plan
+        self._stop = steps if ends else 2**62
         self._reader: Any = None
         self._next = 0  # the step that the reader gives next
         whole = {name: _whole(field) for name, field in dataset.fields.items()} if resident else {}
@@ -73,7 +75,7 @@ class Feed:
         seed: int,
         *,
         resident: bool,
-        place: Callable[[Arrays], dict[str, Any]] = jax.device_put,
+        place: Callable[[Fields], dict[str, Any]] = jax.device_put,
     ) -> Self:
         """Shuffled batches without end; the remainder of an epoch is dropped (`order.indices`).
 
@@ -87,12 +89,12 @@ class Feed:
         Raises:
           ValueError: if the batch is larger than the data set.
         """
-        order.steps_per_epoch(batch, len(dataset))
+        steps = order.steps_per_epoch(batch, len(dataset))
 
-        def plan(step: int) -> Arrays:
+        def plan(step: int) -> Fields:
             return {"index": order.indices(seed, step, batch, len(dataset)).astype(np.int32)}
 
-        return cls(dataset, batch, None, plan, resident=resident, place=place)
+        return cls(dataset, batch, steps, plan, ends=False, resident=resident, place=place)
 
     @classmethod
     def evaluation(
@@ -101,19 +103,19 @@ class Feed:
         batch: int,
         *,
         resident: bool,
-        place: Callable[[Arrays], dict[str, Any]] = jax.device_put,
+        place: Callable[[Fields], dict[str, Any]] = jax.device_put,
     ) -> Self:
         """Every example once, in order, in `steps` batches of one size; padding has mask 0."""
         size = len(dataset)
 
-        def plan(step: int) -> Arrays:
+        def plan(step: int) -> Fields:
             index, mask = order.eval_indices(step, batch, size)
             return {"index": index.astype(np.int32), "mask": mask}
 
         steps = order.eval_steps(batch, size)
-        return cls(dataset, batch, steps, plan, resident=resident, place=place)
+        return cls(dataset, batch, steps, plan, ends=True, resident=resident, place=place)
 
-    def fed(self, step: int, n: int = 1) -> Arrays:
+    def fed(self, step: int, n: int = 1) -> Fields:
         """What `n` steps from `step` on are fed: host arrays with leading dimensions [n, B].
 
         Resident: "index" i32[n, B]. Streaming: the examples themselves. In an evaluation also
@@ -126,13 +128,16 @@ class Feed:
         """
         if n < 1 or step < 0:
             raise ValueError(f"got step {step} and n {n}, expected at least 0 and 1")
-        if self.steps is not None and step + n > self.steps:
-            raise ValueError(f"got steps up to {step + n}, expected at most {self.steps} of them")
+        if step + n > self._stop:
+            raise ValueError(f"got steps up to {step + n}, expected at most {self._stop} of them")
         batches = [self._plan(step + i) for i in range(n)] if self.resident else self._read(step, n)
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
     def close(self) -> None:
-        """Ends the reading threads. The feed may be used again and then starts new ones."""
+        """Tells the reading threads to end, once each is through with the batch it is at.
+
+        The feed may be used again and then starts new ones.
+        """
         if self._reader is not None:
             self._reader.close()
             self._reader = None
@@ -143,7 +148,7 @@ class Feed:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, step: int, n: int) -> list[Arrays]:
+    def _read(self, step: int, n: int) -> list[Fields]:
         if self._reader is None or self._next != step:
             self.close()
             self._reader = self._start(step, ahead=max(n, _THREADS))
@@ -155,16 +160,15 @@ class Feed:
         self._next = step + n
         return batches
 
-    def _start(self, step: int, ahead: int) -> Iterator[Arrays]:
+    def _start(self, step: int, ahead: int) -> Iterator[Fields]:
         import grain  # takes more than a second, and only streaming wants it
 
         # An element is a step, so the place to resume at is simply where the range begins.
-        stop = 2**62 if self.steps is None else self.steps
-        batches = grain.MapDataset.range(step, stop).map(self._gather)
+        batches = grain.MapDataset.range(step, self._stop).map(self._gather)
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
         return iter(batches.to_iter_dataset(options))
 
-    def _gather(self, step: int) -> Arrays:
+    def _gather(self, step: int) -> Fields:
         plan = self._plan(int(step))
         index = plan.pop("index")
         return {name: _host(field[index]) for name, field in self.dataset.fields.items()} | plan
@@ -173,7 +177,7 @@ class Feed:
 def assemble(resident: dict[str, Any], fed: dict[str, Any]) -> dict[str, jax.Array]:
     """One step's batch, from what lies on the device and what the step was fed. Pure.
 
-    Runs inside the compiled step; under `shard_map`, `resident` is whole and `fed` one shard's part.
+    Runs inside the compiled step. Under `shard_map`, `resident` is whole, `fed` one shard's part.
 
     Args:
       resident: `Feed.resident`.

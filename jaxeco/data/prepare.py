@@ -43,7 +43,7 @@ class NeedsTensorFlow(AttributeError):
 
 class _StandIn(SimpleNamespace):
     def __getattr__(self, name: str) -> Any:
-        raise NeedsTensorFlow(name)
+        raise NeedsTensorFlow(f"its builder needs TensorFlow's `{name}`")
 
 
 def _tensorflow() -> _StandIn:
@@ -60,12 +60,6 @@ def _tensorflow() -> _StandIn:
             return SimpleNamespace(numpy=file.getvalue)
 
         return encode
-
-    def decode(encoded: bytes, channels: int = 0) -> Any:
-        image = Image.open(io.BytesIO(encoded))
-        array = np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]) if channels
-                           else image)  # fmt: skip
-        return SimpleNamespace(numpy=lambda: array if array.ndim == 3 else array[..., None])
 
     def open_file(name: Any, mode: str = "r") -> Any:
         text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
@@ -92,9 +86,6 @@ def _tensorflow() -> _StandIn:
         image=_StandIn(
             encode_png=encoder("PNG"),
             encode_jpeg=encoder("JPEG", quality=95),  # TensorFlow's default quality
-            decode_image=decode,
-            decode_png=decode,
-            decode_jpeg=decode,
         ),
         compat=_StandIn(as_text=text, as_str=text, as_str_any=text),
         errors=_StandIn(
@@ -158,7 +149,7 @@ def prepare(builder: Any) -> None:
     builder._log_download_bytes = builder._log_download_done = lambda: None
     what = f"{builder.info.full_name} cannot be prepared"
     instead = f"or put a prepared copy of it at {folder}; {BUILT_IN}"
-    elsewhere = f"prepare it where TensorFlow is installed and copy it to {folder}; {BUILT_IN}"
+    elsewhere = f"prepare it as array_record where there is TensorFlow, and copy it to {folder}"
     try:
         downloads.mkdir(parents=True, exist_ok=True)
         with locked(downloads / f"{builder.info.full_name.replace('/', '-')}.lock"):
@@ -169,10 +160,6 @@ def prepare(builder: Any) -> None:
         raise
     except download_manager.NonMatchingChecksumError as error:  # of a file put there by hand
         raise UserError(_line(str(error).rpartition("\nTo debug")[0])) from error
-    except NeedsTensorFlow as error:
-        raise UserError(
-            f"{what} without TensorFlow (its builder uses `{error}`): {elsewhere}"
-        ) from error
     except ImportError as error:
         raise UserError(f"{what}: it needs `pip install {error.name}`, {instead}") from error
     except OSError as error:
@@ -183,10 +170,13 @@ def prepare(builder: Any) -> None:
         fetch.forget(str(error))
         raise UserError(f"{what}: {_line(str(error))}; run again to download anew") from error
     except Exception as error:  # a builder's own code, on data that may not be what it expects
+        if NeedsTensorFlow.__name__ in f"{type(error).__name__}: {error}":  # tfds wraps some errors
+            raise UserError(
+                f"{what} without TensorFlow: {_line(str(error))}; {elsewhere}; {BUILT_IN}"
+            ) from error
         fetch.forget(str(error))
-        raise UserError(
-            f"{what}: its builder failed with {type(error).__name__}: {_line(str(error))}; {instead}"
-        ) from error
+        message = f"its builder failed with {type(error).__name__}: {_line(str(error))}"
+        raise UserError(f"{what}: {message}; {instead}") from error
 
 
 class Downloader:
@@ -209,6 +199,7 @@ class Downloader:
     def download(self, url: str, destination_path: Any, verify: bool = True) -> Any:
         """Fetches `url` into the folder `destination_path`, at once, and checks what came."""
         import promise
+        from etils import epath
         from tensorflow_datasets.core.download import checksums, downloader
         from tensorflow_datasets.core.utils import Size
 
@@ -227,7 +218,9 @@ class Downloader:
             shutil.rmtree(target, ignore_errors=True)
             raise
         info = checksums.UrlInfo(size=Size(size), checksum=sha256, filename=path.name)
-        return promise.Promise.resolve(downloader.DownloadResult(path=_epath(path), url_info=info))
+        return promise.Promise.resolve(
+            downloader.DownloadResult(path=epath.Path(path), url_info=info)
+        )
 
     def _fetch(self, url: str, target: Path, verify: bool) -> tuple[Path, int, str]:
         from tensorflow_datasets.core.download import downloader
@@ -308,12 +301,6 @@ def _open(url: str, verify: bool) -> tuple[Any, Any, Iterator[bytes]]:
     if isinstance(opened, BaseException):
         raise opened
     return context, *opened
-
-
-def _epath(path: Path) -> Any:
-    from etils import epath
-
-    return epath.Path(path)
 
 
 def _sha256(path: Path) -> str:

@@ -63,7 +63,7 @@ def _digest(*arrays: np.ndarray) -> str:
     hashed = hashlib.blake2b(digest_size=16)
     for array in arrays:
         hashed.update(f"{array.dtype.str}{array.shape}".encode())
-        hashed.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        hashed.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return hashed.hexdigest()
 
 
@@ -71,8 +71,8 @@ def _digest(*arrays: np.ndarray) -> str:
 class Arrays:
     """Arrays that the experiment file makes itself.
 
-    They are not copied, so don't write into them afterwards. Two `Arrays` are equal if their content
-    is; `repr` gives shapes and a digest instead of a thousand numbers.
+    They are not copied, so don't write into them afterwards. Two `Arrays` are equal if their
+    content is; `repr` gives shapes and a digest instead of a thousand numbers.
 
     Attributes:
       x: inputs, numbers, [N, ...].
@@ -81,7 +81,7 @@ class Arrays:
       name: what to call the data.
 
     Raises:
-      ValueError: if the arrays are empty, differ in length, hold no numbers, or do not fit `classes`.
+      ValueError: if the arrays are empty, differ in length, hold no numbers or don't fit `classes`.
     """
 
     x: Any
@@ -95,7 +95,7 @@ class Arrays:
             if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
                 raise ValueError(f"Arrays.{field}: got dtype {array.dtype}, expected numbers")
             if array.ndim == 0 or array.shape[0] == 0:
-                raise ValueError(f"Arrays.{field}: got shape {array.shape}, expected [N, ...], N > 0")
+                raise ValueError(f"Arrays.{field}: got shape {array.shape}, expected [N > 0, ...]")
             array.flags.writeable = False
             object.__setattr__(self, field, array)
         if len(self.x) != len(self.y):
@@ -188,13 +188,13 @@ _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
 class ImageFolder:
     """A folder with one folder of images per class: `path/<class>/<anything>.png`.
 
-    Classes are the folders' names, sorted. Images are .png, .jpg, .jpeg, .bmp, .gif (first frame) or
-    .webp; other files, and names that begin with a dot, are left out. They are decoded on demand:
-    turned upright as their EXIF data says, shorter side scaled to `image_size` (bilinear, with
-    antialiasing), centre cut out. x is uint8[N, image_size, image_size, channels], y is int32[N].
+    Classes are the folders' names, sorted. Images are .png, .jpg, .jpeg, .bmp, .gif (first frame)
+    or .webp; other files, and names that begin with a dot, are left out. They are decoded on
+    demand: turned upright as their EXIF data says, shorter side scaled to `image_size` (bilinear,
+    with antialiasing), centre cut out. x is uint8[N, image_size, image_size, channels], y int32[N].
 
-    A fifth of the images is for "test": those whose relative path has the largest hash. So the split
-    needs no list, and a file that is added or removed hardly moves the others.
+    A fifth of the images is for "test": those whose relative path has the largest hash. So the
+    split needs no list, and a file that is added or removed hardly moves the others.
 
     Attributes:
       path: the folder; "~" is understood, a relative path starts at the working directory.
@@ -218,9 +218,9 @@ class ImageFolder:
     def open(self) -> Dataset:
         """Lists the folder; an image is read when it is indexed.
 
-        The fingerprint covers the files' names, sizes and times of modification, since reading every
-        byte of a large folder would take longer than users wait. Copy with times kept (`cp -a`,
-        `rsync -a`) if a run is to go on elsewhere.
+        The fingerprint covers the files' names, sizes and times of modification, since reading
+        every byte of a large folder would take longer than users wait. Copy with times kept
+        (`cp -a`, `rsync -a`) if a run is to go on elsewhere.
 
         Raises:
           UserError: if the folder or a class has no images; on indexing, if an image is unreadable.
@@ -254,7 +254,7 @@ def _listing(root: Path) -> tuple[tuple[str, ...], list[_File]]:
     expected = "expected folders of images, one for each class: <class>/<image>.png"
     files = []
     try:
-        folders = sorted(entry for entry in root.iterdir() if entry.name[0] != "." and entry.is_dir())
+        folders = sorted(path for path in root.iterdir() if path.name[0] != "." and path.is_dir())
         for label, folder in enumerate(folders):
             paths = [
                 path
@@ -297,7 +297,5 @@ class _ImageFiles:
                 upright = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
                 square = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
         except Exception as error:  # Pillow's decoders raise nearly everything on a damaged file
-            raise UserError(
-                f"{path}: not a readable image ({error}); mend or remove it"
-            ) from error
+            raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from error
         return np.asarray(square).reshape(size, size, channels)

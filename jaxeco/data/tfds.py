@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxeco.data.cache import cached, progress
+from jaxeco.data.cache import Layout, cached, progress
 from jaxeco.data.dataset import Dataset, Field
-from jaxeco.data.prepare import NeedsTensorFlow, prepare, without_tensorflow
+from jaxeco.data.prepare import prepare, without_tensorflow
 from jaxeco.errors import UserError
 
 # A split that would be larger than this once decoded is not cached: its examples are decoded
@@ -89,18 +89,23 @@ class Tfds:
 
     def _builder(self) -> Any:
         import tensorflow_datasets as tfds
-        from tensorflow_datasets.core import registered
+        from tensorflow_datasets.core import naming, registered
 
         root = self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
         try:
+            name, _ = naming.parse_builder_name_kwargs(self.name)
+            if name.namespace:
+                raise ValueError(f"{name.namespace} is not part of tfds itself")
             return tfds.builder(self.name, data_dir=os.path.expanduser(root))
         except registered.DatasetNotFoundError as error:
-            known = tfds.list_builders(with_community_datasets=False)
-            near = _nearest(self.name.partition(":")[0].partition("/")[0], known)
+            near = _nearest(name.name, tfds.list_builders(with_community_datasets=False))
             raise UserError(f"tfds has no data set {self.name!r}{near}") from error
-        except (AssertionError, ValueError, ImportError, NeedsTensorFlow) as error:
-            # An unknown version or configuration, a wrong spelling, a builder that needs more.
-            message = " ".join(str(error).partition("Where:")[0].split())
+        except Exception as error:  # a version, a configuration, the spelling; or the builder's own
+            message = str(error).rpartition('}": ')[2].partition(" Here are")[0]
+            message = message.strip().partition("\n")[0] or type(error).__name__
+            if "BuilderConfig" in message:
+                configs = ", ".join(tfds.builder_cls(name.name).builder_configs) or "none"
+                message += f" It has these: {configs}."
             raise UserError(f"tfds cannot give data set {self.name!r}: {message}") from error
 
     def _image_shape(self, builder: Any) -> tuple[int, int, int]:
@@ -134,7 +139,7 @@ class Tfds:
             )
         return height, width, channels
 
-    def _whole(self, builder: Any, split: str) -> tuple[dict[str, Field], str]:
+    def _whole(self, builder: Any, split: str) -> tuple[Mapping[str, Field], str]:
         """x and y of all examples of a split, and a digest of their content."""
         info, title, folder = builder.info, _title(builder), Path(builder.data_dir)
         files = [folder / "dataset_info.json", folder / "features.json"]
@@ -147,7 +152,7 @@ class Tfds:
                 "that folder to have it prepared again, or copy it there anew"
             ) from error
         records = _Records(builder, split, self, self._image_shape(builder))
-        layout = {
+        layout: Layout = {
             "x": ((len(records), *records.shape), np.dtype(np.uint8)),
             "y": ((len(records),), np.dtype(np.int32)),
         }
@@ -178,10 +183,11 @@ class _Records:
                 split, deserialize_method=decode.DeserializeMethod.RAW_BYTES
             ).data_source
         except NotImplementedError as error:
+            kind = builder.info.file_format.value
             raise UserError(
-                f"{self.title} at {builder.data_dir} was prepared as {builder.info.file_format}, "
-                "which has no random access: remove that folder to have it prepared as "
-                "array_record, or name another data_dir"
+                f"{self.title} at {builder.data_dir} was prepared as {kind}, which has no random "
+                "access: remove that folder to have it prepared as array_record, or name another "
+                "data_dir"
             ) from error
 
     def __len__(self) -> int:
@@ -208,7 +214,6 @@ class _Records:
     def blocks(self) -> Iterator[dict[str, np.ndarray]]:
         """All examples in order, about 2 MiB at a time, decoded by as many threads as cores."""
         size = max(1, 2**21 // int(np.prod(self.shape)))
-        starts = range(0, len(self), size)
         workers = os.cpu_count() or 1
         pool, ahead = ThreadPoolExecutor(workers), deque[Any]()
         try:
@@ -312,8 +317,8 @@ def _absolute(parts: Any, builder: Any, split: str) -> list[tuple[str, int, int]
     splits = dict(builder.info.splits.items())
     if not splits:
         raise UserError(
-            f"{_title(builder)} at {builder.data_dir} is not complete: dataset_info.json is missing "
-            "or names no split; remove that folder to have it prepared again"
+            f"{_title(builder)} at {builder.data_dir} is not complete: dataset_info.json is not "
+            "there, or names no split; remove that folder to have it prepared again"
         )
     sizes = ", ".join(f"{name} ({info.num_examples})" for name, info in splits.items())
     try:
@@ -323,8 +328,9 @@ def _absolute(parts: Any, builder: Any, split: str) -> list[tuple[str, int, int]
             for part in parts.to_absolute(splits)
         ]  # fmt: skip
     except (ValueError, AssertionError) as error:
+        message = " ".join(str(error).split())
         raise UserError(
-            f"{_title(builder)} has no split {split!r}: {' '.join(str(error).split())} It has {sizes}"
+            f"{_title(builder)} has no split {split!r}: {message} It has {sizes}"
         ) from error
     found = [part for part in found if part[1] < part[2]]
     if not found:

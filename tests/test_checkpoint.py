@@ -1,0 +1,540 @@
+"""Checkpoints come back bit for bit or not at all, whatever happens to the process or the files."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxeco.checkpoint import Checkpoints, load
+from jaxeco.errors import UserError
+
+EXPERIMENT = {"model": {"width": 64, "activation": "relu"}, "augment": [{"size": 8}], "lr": 0.1}
+
+
+@flax.struct.dataclass
+class State:
+    step: Any
+    params: Any
+    variables: Any
+    opt_state: Any
+    key: Any
+
+
+def make_state(step: int = 0, seed: int = 0) -> State:
+    k1, k2 = jax.random.split(jax.random.key(seed))
+    params = {
+        "Dense_0": {"kernel": jax.random.normal(k1, (16, 8)), "bias": jnp.arange(8.0)},
+        "half": jax.random.normal(k2, (8, 3), jnp.bfloat16),
+        "empty": jnp.zeros((0, 3)),
+        "odd": jnp.array([np.nan, -0.0, np.inf, 1e-42], jnp.float32),
+    }
+    return State(
+        step=jnp.int32(step),
+        params=params,
+        variables={},
+        opt_state=optax.adamw(1e-3).init(params),
+        key=jax.random.key(seed, impl="rbg"),
+    )
+
+
+def mesh_of(*shape: int) -> jax.sharding.Mesh:
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return jax.sharding.Mesh(devices, ("data", "model")[: len(shape)])
+
+
+def spread(state: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Leaves whose first axis divides by the mesh are split over its first axis."""
+
+    def place(leaf):
+        split = leaf.ndim and leaf.shape[0] and leaf.shape[0] % mesh.shape["data"] == 0
+        return jax.device_put(
+            leaf, NamedSharding(mesh, PartitionSpec("data") if split else PartitionSpec())
+        )
+
+    return jax.tree.map(place, state)
+
+
+def abstract(state: Any) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def bits(leaf: Any) -> bytes:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf).tobytes()
+
+
+def assert_identical(got: Any, want: Any) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert (a.shape, a.dtype, bits(a)) == (b.shape, b.dtype, bits(b))
+
+
+def write(folder: Path, *steps: int, **options: Any) -> None:
+    with Checkpoints(folder, description=EXPERIMENT, **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(make_state(step, seed=step))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_restored_bit_for_bit_with_structure_dtypes_and_shardings(tmp_path, devices):
+    state = spread(make_state(7), mesh_of(devices))
+    with Checkpoints(tmp_path, description=EXPERIMENT) as checkpoints:
+        assert checkpoints.save(state) is True
+        assert checkpoints.save(state) is False  # step 7 is there
+    with Checkpoints(tmp_path, description=EXPERIMENT) as checkpoints:
+        restored, step = checkpoints.restore(abstract(state))
+    assert step == 7
+    assert_identical(restored, state)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state)):
+        assert a.sharding == b.sharding
+    assert jax.random.bits(restored.key) == jax.random.bits(state.key)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4,), (2, 4)])
+def test_restored_on_another_mesh(tmp_path, shape):
+    state = spread(make_state(7), mesh_of(8))
+    with Checkpoints(tmp_path, description=EXPERIMENT) as checkpoints:
+        checkpoints.save(state)
+        target = spread(make_state(0), mesh_of(*shape))
+        restored, _ = checkpoints.restore(abstract(target))
+    assert_identical(restored, state)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(target)):
+        assert a.sharding == b.sharding
+
+
+@pytest.mark.parametrize("layout", ["one device", "replicated", "sharded"])
+def test_buffers_may_be_donated_as_soon_as_save_returns(tmp_path, layout):
+    mesh = mesh_of(1 if layout == "one device" else 8)
+    spec = PartitionSpec("data") if layout == "sharded" else PartitionSpec()
+    make = jax.jit(
+        lambda key: {
+            "w": [jax.random.normal(jax.random.fold_in(key, i), (1024, 256)) for i in range(4)],
+            "key": key,
+        },
+        out_shardings={"w": NamedSharding(mesh, spec), "key": NamedSharding(mesh, PartitionSpec())},
+    )
+
+    @jax.jit
+    def apart(state):
+        return {"w": [w + 0 for w in state["w"]], "key": jax.random.clone(state["key"])}
+
+    def train(state):
+        return {"w": [w * 3 + 1 for w in state["w"]], "key": jax.random.fold_in(state["key"], 1)}
+
+    step = jax.jit(train, donate_argnums=0)
+    state = step(make(jax.random.key(0)))
+    with Checkpoints(tmp_path, description=EXPERIMENT, keep=3) as checkpoints:
+        wanted = {}
+        for number in range(3):
+            copy = jax.tree.map(bits, apart(state))
+            wanted[number] = copy
+            checkpoints.save(state, step=number)
+            for _ in range(5):  # overwrites what was saved, if it still lies where it was
+                state = step(state)
+            jax.block_until_ready(state)
+    for number, copy in wanted.items():
+        assert jax.tree.map(bits, load(tmp_path, abstract(state), which=number).state) == copy
+
+
+def test_restored_buffers_may_be_donated(tmp_path):
+    state = {"w": jnp.arange(100_000.0)}
+    step = jax.jit(lambda s: {"w": s["w"] * 2 + 1}, donate_argnums=0)
+    with Checkpoints(tmp_path, description={}) as checkpoints:
+        checkpoints.save(state, step=1)
+        restored, _ = checkpoints.restore(abstract(state))
+    for _ in range(3):
+        restored = step(restored)
+    assert_identical(restored, {"w": jnp.arange(100_000.0) * 8 + 7})
+
+
+def test_the_last_and_the_best_are_kept_across_restarts(tmp_path):
+    accuracy = {1: 0.3, 2: 0.9, 3: float("nan"), 4: 0.5, 5: None, 6: 0.7, 7: 0.9, 8: None, 9: None}
+    kept = {3: [2, 3], 4: [2, 3, 4], 6: [2, 5, 6], 7: [6, 7], 9: [7, 8, 9]}
+    for step, value in accuracy.items():
+        with Checkpoints(tmp_path, description={}, keep=2, best="test/accuracy") as checkpoints:
+            metrics = None if value is None else {"test/accuracy": value, "loss": 1.0}
+            checkpoints.save({"w": jnp.full(3, step)}, metrics, step=step)
+            checkpoints.wait()
+            if step in kept:
+                assert checkpoints.steps() == kept[step]
+            assert checkpoints.latest_step() == step
+    with Checkpoints(tmp_path, description={}, best="test/accuracy") as checkpoints:
+        assert checkpoints.best_step() == 7  # as good as step 2 was, and newer
+    best = load(tmp_path, which="best")
+    assert (best.step, best.metrics) == (7, {"test/accuracy": 0.9, "loss": 1.0})
+    assert best.state["w"].tolist() == [7, 7, 7]
+
+
+def test_best_by_a_metric_where_less_is_better(tmp_path):
+    with Checkpoints(tmp_path, description={}, keep=1, best="loss", best_mode="min") as checkpoints:
+        assert checkpoints.best_step() is None
+        for step, loss in enumerate([3.0, 1.0, 2.0, 2.5], start=1):
+            checkpoints.save({"w": jnp.ones(1)}, {"loss": loss}, step=step)
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 4]
+        assert checkpoints.best_step() == 2
+
+
+def test_nothing_saved_yet(tmp_path):
+    (tmp_path / "5.tmp" / "state").mkdir(parents=True)  # the first save was cut off
+    (tmp_path / "4.old.tmp").mkdir()
+    (tmp_path / "notes.txt").write_text("kept")
+    with Checkpoints(tmp_path, description=EXPERIMENT) as checkpoints:
+        assert checkpoints.restore(abstract(make_state())) is None
+        assert checkpoints.steps() == []
+        assert checkpoints.latest_step() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(UserError, match="no checkpoint in"):
+        load(tmp_path)
+
+
+# Damage
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[random.Random(0).randrange(len(content))] ^= 0x10
+    path.write_bytes(content)
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b'{"format": 1, "step": ')
+
+
+FAULTS = [truncate, flip, garbage, Path.unlink]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damage_to_any_file_is_noticed(tmp_path, fault):
+    write(tmp_path / "run", 1, 2)
+    files = [path for path in (tmp_path / "run" / "2").rglob("*") if path.is_file()]
+    assert len(files) >= 8
+    for path in files:
+        copy = tmp_path / "copy"
+        shutil.copytree(tmp_path / "run", copy)
+        fault(copy / path.relative_to(tmp_path / "run"))
+        with pytest.warns(UserWarning, match=r"copy/2 is damaged \(.+\)"):
+            loaded = load(copy, abstract(make_state()))
+        assert loaded.step == 1
+        assert_identical(loaded.state, make_state(1, seed=1))
+        shutil.rmtree(copy)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_saved_again(tmp_path):
+    with Checkpoints(tmp_path, description=EXPERIMENT, keep=3, best="accuracy") as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(make_state(step, seed=step), {"accuracy": step / 10})
+    flip(max((tmp_path / "3" / "state").rglob("d/*"), key=lambda path: path.stat().st_size))
+    with Checkpoints(tmp_path, description=EXPERIMENT, keep=3, best="accuracy") as checkpoints:
+        with pytest.warns(UserWarning, match=r"/3 is damaged \(state/\S+ is not what was written"):
+            state, step = checkpoints.restore(abstract(make_state()))
+        assert step == 2
+        assert_identical(state, make_state(2, seed=2))
+        assert checkpoints.steps() == [1, 2]
+        assert checkpoints.best_step() == 2
+        assert (tmp_path / "3.damaged" / "about.json").exists()
+        assert checkpoints.save(make_state(3, seed=33))
+        assert_identical(checkpoints.restore(abstract(make_state()))[0], make_state(3, seed=33))
+
+
+def test_an_empty_folder_is_a_damaged_checkpoint(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "2").mkdir()
+    with Checkpoints(tmp_path, description=EXPERIMENT) as checkpoints:
+        with pytest.warns(UserWarning, match=r"/2 is damaged \(checksums.json is missing\)"):
+            assert checkpoints.restore(abstract(make_state()))[1] == 1
+
+
+def test_if_every_checkpoint_is_damaged_the_run_never_starts_from_nothing(tmp_path):
+    write(tmp_path, 1, 2)
+    for step in "12":
+        truncate(tmp_path / step / "about.json")
+    for _ in range(2):  # and a second attempt is refused as well
+        with Checkpoints(tmp_path, description=EXPERIMENT) as checkpoints:
+            with pytest.warns(UserWarning, match="is damaged"):
+                with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+                    checkpoints.restore(abstract(make_state()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="/2 is damaged"):
+        load(tmp_path, which=2)
+
+
+@pytest.mark.parametrize(
+    "about",
+    ["[]", "3", "{}", '{"format": 1}', '{"format": "1", "arrays": []}', "null", '"x"', "\0"],
+)
+def test_nonsense_with_a_right_checksum_is_damage_too(tmp_path, about):
+    write(tmp_path, 1)
+    rewrite(tmp_path / "1", about)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"damaged \(about.json: "):
+        load(tmp_path)
+
+
+def rewrite(checkpoint: Path, about: str) -> None:
+    (checkpoint / "about.json").write_text(about)
+    sums = json.loads((checkpoint / "checksums.json").read_text())
+    digest = subprocess.run(
+        ["sha256sum", checkpoint / "about.json"], capture_output=True, text=True, check=True
+    )
+    sums["about.json"] = digest.stdout.split()[0]
+    (checkpoint / "checksums.json").write_text(json.dumps(sums))
+
+
+def test_a_newer_format_is_refused_by_name(tmp_path):
+    write(tmp_path, 1)
+    about = json.loads((tmp_path / "1" / "about.json").read_text())
+    rewrite(tmp_path / "1", json.dumps(about | {"format": 99}))
+    with pytest.raises(UserError, match="has format 99, this jaxeco reads up to 1"):
+        load(tmp_path)
+
+
+# Other experiments
+
+
+def test_another_experiment_is_refused_with_the_difference(tmp_path):
+    write(tmp_path, 1)
+    other = {"model": {"width": 32, "activation": "relu", "depth": 2}, "augment": [], "lr": 0.1}
+    with Checkpoints(tmp_path, description=other) as checkpoints:
+        with pytest.raises(UserError) as error:
+            checkpoints.restore(abstract(make_state()))
+    first, *lines, advice = str(error.value).splitlines()
+    assert first.endswith("/1 belongs to another experiment; they differ in")
+    assert lines == [
+        "  model.width: checkpoint 64, experiment 32",
+        "  augment.0.size: checkpoint 8, experiment has none",
+        "  model.depth: checkpoint has none, experiment 2",
+        "  augment: checkpoint has none, experiment []",
+    ]
+    assert "another folder" in advice
+    assert (tmp_path / "1").exists()
+
+
+def test_a_long_difference_is_cut_short(tmp_path):
+    with Checkpoints(tmp_path, description={f"x{i}": i for i in range(20)}) as checkpoints:
+        checkpoints.save({"w": jnp.ones(1)}, step=1)
+    with Checkpoints(tmp_path, description={f"x{i}": -i for i in range(20)}) as checkpoints:
+        with pytest.raises(UserError) as error:
+            checkpoints.restore({"w": jnp.ones(1)})
+    lines = str(error.value).splitlines()
+    assert len(lines) == 11
+    assert lines[-2] == "  and 11 more"  # 0 is -0: nineteen differ
+
+
+def test_tuples_and_lists_are_the_same_description(tmp_path):
+    for _ in range(2):
+        with Checkpoints(tmp_path, description={"widths": (1, 2)}) as checkpoints:
+            checkpoints.restore({"w": jnp.ones(1)})
+            checkpoints.save({"w": jnp.ones(1)}, step=1)
+
+
+def test_other_arrays_are_refused_by_path(tmp_path):
+    write(tmp_path, 1)
+    state = make_state()
+    params = {
+        **state.params,
+        "Dense_0": {"kernel": jnp.ones((16, 4)), "bias": jnp.ones(8, jnp.bfloat16)},
+        "Dense_1": {"kernel": jnp.ones(2)},
+    }
+    del params["half"]
+    with Checkpoints(tmp_path, description=EXPERIMENT) as checkpoints:
+        with pytest.raises(UserError) as error:
+            checkpoints.restore(abstract(state.replace(params=params)))
+    assert str(error.value).splitlines()[1:-1] == [
+        "  params/Dense_0/bias: checkpoint float32[8], experiment bfloat16[8]",
+        "  params/Dense_0/kernel: checkpoint float32[16,8], experiment float32[16,4]",
+        "  params/half: checkpoint bfloat16[8,3], experiment has none",
+        "  params/Dense_1/kernel: checkpoint has none, experiment float32[2]",
+    ]
+
+
+# Reading without training on
+
+
+def test_load_reads_all_or_a_part(tmp_path):
+    write(tmp_path, 1, 2)
+    state = make_state(2, seed=2)
+    everything = load(tmp_path)
+    assert (everything.step, everything.description) == (2, EXPERIMENT)
+    assert_identical(everything.state["params"], jax.tree.map(np.asarray, state.params))
+    assert bits(everything.state["key"]) == bits(state.key)
+    assert everything.state["opt_state"]["0"]["count"] == 0
+    assert list(load(tmp_path, only=("params",)).state) == ["params"]
+
+    wanted = {"params": {"half": abstract(spread(state.params["half"], mesh_of(8)))}}
+    part = load(tmp_path, wanted, which=1).state["params"]["half"]
+    assert part.sharding == wanted["params"]["half"].sharding
+    assert bits(part) == bits(make_state(1, seed=1).params["half"])
+
+    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*: it has \[1, 2\]"):
+        load(tmp_path, which=3)
+    with pytest.raises(UserError, match="has the metric"):
+        load(tmp_path, which="best")
+    with pytest.raises(UserError, match="params/other: checkpoint has none"):
+        load(tmp_path, {"params": {"other": jnp.ones(1)}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+# Saves that fail
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file may grow beyond 64 KiB: writing fails in the background."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full:
+        def __enter__(self):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+
+        def __exit__(self, *_):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    yield Full()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+FAILS = r"cannot save checkpoint 2 in .*: File too large"
+
+
+# tensorstore reports writes that end after the first failed one to a loop that is gone
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_failed_save_is_raised_by_the_next_and_harms_nothing(tmp_path, full_disk):
+    small, large = {"w": jnp.ones(4)}, {"w": jnp.ones((512, 512))}
+    checkpoints = Checkpoints(tmp_path, description={})
+    checkpoints.save(small, step=1)
+    checkpoints.wait()
+    with full_disk:
+        checkpoints.save(large, step=2)  # begins well
+        with pytest.raises(UserError, match=FAILS):
+            checkpoints.save(small, step=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert checkpoints.save(large, step=2)  # said once, and done with
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_failed_last_save_is_raised_by_close(tmp_path, full_disk):
+    with full_disk, pytest.raises(UserError, match=FAILS):
+        with Checkpoints(tmp_path, description={}) as checkpoints:
+            checkpoints.save({"w": jnp.ones((512, 512))}, step=2)
+    with full_disk, pytest.warns(UserWarning, match=FAILS), pytest.raises(ZeroDivisionError):
+        with Checkpoints(tmp_path, description={}) as checkpoints:
+            checkpoints.save({"w": jnp.ones((512, 512))}, step=2)
+            raise ZeroDivisionError  # what went wrong first stays what is raised
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot keep checkpoints in .*: Not a directory"):
+        Checkpoints(tmp_path / "file" / "run", description={})
+    checkpoints = Checkpoints(tmp_path / "run", description={})
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match=r"cannot save checkpoint 1 in .*: No such file"):
+        checkpoints.save({"w": jnp.ones(1)}, step=1)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("options", [{"keep": 0}, {"best_mode": "most"}])
+def test_wrong_options(tmp_path, options):
+    with pytest.raises(ValueError, match=r"got .*, expected"):
+        Checkpoints(tmp_path, description={}, **options)
+
+
+# The process
+
+
+def save_until_killed(folder: str, done: Any, touches: int) -> None:
+    """Resumes, then counts up; every leaf carries the counter. `done` is told what is complete.
+
+    It kills itself before it touches the file system for the `touches`-th time, if not 0.
+    """
+    count = 0
+
+    def touched(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        if args and str(args[0]).startswith(folder):
+            count += 1
+            if count == touches:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def state(step: int) -> Any:
+        return {f"w{i}": jax.device_put(np.full((64, 64 * i), step, "f4")) for i in range(4)}
+
+    sys.addaudithook(touched)
+    with Checkpoints(folder, description={}) as checkpoints:
+        restored = checkpoints.restore(abstract(state(0)))
+        step = restored[1] if restored else 0
+        while True:
+            step += 1
+            checkpoints.save(state(step), step=step)
+            done.value = max([done.value, *checkpoints.steps()])
+
+
+@pytest.mark.filterwarnings("error")
+def test_killed_at_any_moment_nothing_is_lost(tmp_path):
+    """SIGKILL: what is found is whole, and no older than what was reported complete.
+
+    Half the moments are random in time, half among the 300 times that Python first touches a file.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jax", "orbax.checkpoint", "jaxeco.checkpoint"])
+    rng = random.Random(seed := time.time_ns())
+    done = context.Value("q", 0, lock=False)
+    for kill in range(int(os.environ.get("JAXECO_TEST_KILLS", "10"))):
+        touches = rng.randint(1, 300) if kill % 2 else 0
+        before = done.value
+        process = context.Process(target=save_until_killed, args=(str(tmp_path), done, touches))
+        process.start()
+        while not touches and done.value == before and process.is_alive():
+            time.sleep(0.002)
+        process.join(None if touches else rng.uniform(0, 0.2))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        if done.value:
+            found = load(tmp_path)
+            assert found.step >= done.value
+            for name, w in found.state.items():
+                assert np.all(w == found.step), (name, found.step, seed)
+            assert not list(tmp_path.glob("*.damaged")), seed
+    assert done.value > 5
+
+
+def test_importing_is_cheap_and_saving_is_silent(tmp_path):
+    script = f"""
+import sys, logging
+import jaxeco.checkpoint
+assert "orbax" not in str(sys.modules.keys())
+logging.basicConfig(level=logging.INFO)
+import jax.numpy as jnp
+with jaxeco.checkpoint.Checkpoints({str(tmp_path)!r}, description={{}}) as c:
+    c.save({{"w": jnp.ones(3)}}, step=1)
+    c.restore({{"w": jnp.ones(3)}})
+assert "tensorflow" not in sys.modules and "torch" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -1,0 +1,581 @@
+"""tfds without TensorFlow: preparing from a server on this machine, decoding, slicing, failing."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets
+from PIL import Image
+from tensorflow_datasets.core.download import checksums
+from tensorflow_datasets.image_classification import cifar, mnist
+
+from jaxeco.data import prepare as prepare_module
+from jaxeco.data import tfds as tfds_module
+from jaxeco.data.tfds import Tfds
+from jaxeco.errors import UserError
+
+REAL = os.environ.get("TFDS_DATA_DIR", "")
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
+           "dog", "frog", "horse", "ship", "truck")  # fmt: skip
+ARCHIVE = "cifar-10-binary.tar.gz"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXECO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+
+
+# A server that behaves as told.
+
+
+class Server:
+    """Serves `files` (path -> bytes) in the way `mode` says, and counts requests."""
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.mode, self.requests = "good", 0
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.requests += 1
+                body = outer.files.get(self.path)
+                if outer.mode == "hanging":
+                    outer.released.wait(30)
+                    return
+                if body is None:
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                if outer.mode != "no length":
+                    self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                whole = outer.mode not in ("truncated", "no length", "stalling")
+                self.wfile.write(body if whole else body[: len(body) // 2])
+                if outer.mode == "stalling":
+                    self.wfile.flush()
+                    outer.released.wait(30)
+
+            def log_message(self, *args):
+                pass
+
+        self.released = threading.Event()
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.released.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+def cifar_archive(rng):
+    """A tiny archive in CIFAR-10's binary format: 5 x 4 training and 6 test images."""
+    files, train = {}, []
+    for name in [f"data_batch_{k}.bin" for k in range(1, 6)] + ["test_batch.bin"]:
+        n = 4 if name.startswith("data") else 6
+        x_NxCxHxW = rng.integers(0, 256, (n, 3, 32, 32), np.uint8)
+        y_N = rng.integers(0, 10, n, np.uint8)
+        files[name] = b"".join(
+            bytes([y]) + x.tobytes() for x, y in zip(x_NxCxHxW, y_N, strict=True)
+        )
+        if n == 4:
+            train += zip(x_NxCxHxW.transpose(0, 2, 3, 1), y_N, strict=True)
+    files["batches.meta.txt"] = "\n".join([*CLASSES, ""]).encode()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue(), train
+
+
+def url_info(data, filename, checksum=None):
+    size = tensorflow_datasets.core.utils.Size(len(data))
+    checksum = checksum or hashlib.sha256(data).hexdigest()
+    return checksums.UrlInfo(size=size, checksum=checksum, filename=filename)
+
+
+@pytest.fixture
+def cifar10(server, monkeypatch):
+    """tfds's own CIFAR-10 builder, its archive replaced by a tiny one on the local server."""
+    archive, train = cifar_archive(np.random.default_rng(0))
+    url = f"{server.url}/{ARCHIVE}"
+    server.files[f"/{ARCHIVE}"] = archive
+    real = cifar.Cifar10._cifar_info.fget(cifar.Cifar10)
+    monkeypatch.setattr(cifar.Cifar10, "_cifar_info", real._replace(url=url))
+    monkeypatch.setattr(cifar.Cifar10, "url_infos", {url: url_info(archive, ARCHIVE)})
+    return server, url, archive, train
+
+
+def same_examples(dataset, expected):
+    """tfds shuffles when it prepares: compare as sets of (image, label)."""
+    got = sorted((x.tobytes(), int(y)) for x, y in zip(*every(dataset), strict=True))
+    return got == sorted((x.tobytes(), int(y)) for x, y in expected)
+
+
+def every(dataset):
+    indices = np.arange(len(dataset))
+    return dataset.fields["x"][indices], dataset.fields["y"][indices]
+
+
+def nothing_half_made(root):
+    """No prepared folder, no archive, no temporary folder that another attempt could meet."""
+    left = [path for path in Path(root).rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return left == [] and not list(Path(root).glob("*/*.incomplete*"))
+
+
+# Preparing.
+
+
+def test_prepares_cifar10_without_tensorflow_and_without_loss(cifar10, tmp_path, capfd):
+    server, _, _, train = cifar10
+    dataset = Tfds("cifar10", "train", data_dir=tmp_path / "data").open()
+    assert same_examples(dataset, train)
+    x, y = every(dataset)
+    assert x.shape == (20, 32, 32, 3) and x.dtype == np.uint8 and y.dtype == np.int32
+    assert dataset.classes == CLASSES
+    assert dataset.name == "cifar10:3.0.2 train (tfds)"
+    assert dataset.nbytes == 20 * 32 * 32 * 3 + 20 * 4
+    assert len(Tfds("cifar10:3.0.2", "test", data_dir=tmp_path / "data").open()) == 6
+    assert server.requests == 1
+    assert "tensorflow" not in sys.modules
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) <= 6 and "WARNING" not in err
+
+
+def test_prepares_mnist(server, tmp_path, monkeypatch):
+    rng, expected, infos = np.random.default_rng(1), [], {}
+    monkeypatch.setattr(mnist.MNIST, "URL", f"{server.url}/")
+    for part, n in (("train", 12), ("t10k", 5)):
+        x, y = rng.integers(0, 256, (n, 28, 28, 1), np.uint8), rng.integers(0, 10, n, np.uint8)
+        images = struct.pack(">4i", 2051, n, 28, 28) + x.tobytes()
+        labels = struct.pack(">2i", 2049, n) + y.tobytes()
+        for name, data in (("images-idx3", images), ("labels-idx1", labels)):
+            file = f"{part}-{name}-ubyte.gz"
+            server.files[f"/{file}"] = gzip.compress(data)
+            infos[f"{server.url}/{file}"] = url_info(server.files[f"/{file}"], file)
+        if part == "train":
+            expected = list(zip(x, y, strict=True))
+    monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", 12)
+    monkeypatch.setattr(mnist, "_TEST_EXAMPLES", 5)
+    monkeypatch.setattr(mnist.MNIST, "url_infos", infos)
+    dataset = Tfds("mnist", "train", data_dir=tmp_path).open()
+    assert same_examples(dataset, expected)
+    assert dataset.fields["x"].shape == (12, 28, 28, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_stand_in_encodes_png_without_loss(channels):
+    image = np.random.default_rng(2).integers(0, 256, (9, 7, channels), np.uint8)
+    encoded = prepare_module._tensorflow().image.encode_png(image).numpy()
+    assert encoded.startswith(b"\x89PNG")
+    decoded = np.asarray(Image.open(io.BytesIO(encoded))).reshape(image.shape)
+    np.testing.assert_array_equal(decoded, image)
+
+
+# Failing to prepare.
+
+
+def test_a_wrong_checksum_is_refused_and_not_kept(cifar10, tmp_path, monkeypatch):
+    _, url, archive, train = cifar10
+    right, wrong = hashlib.sha256(archive).hexdigest(), "0" * 64
+    monkeypatch.setattr(cifar.Cifar10, "url_infos", {url: url_info(archive, ARCHIVE, wrong)})
+    with pytest.raises(UserError) as caught:
+        Tfds("cifar10", "train", data_dir=tmp_path / "data").open()
+    message = str(caught.value)
+    assert url in message and wrong in message and right in message and "\n" not in message
+    assert nothing_half_made(tmp_path)
+    monkeypatch.setattr(cifar.Cifar10, "url_infos", {url: url_info(archive, ARCHIVE)})
+    assert same_examples(Tfds("cifar10", "train", data_dir=tmp_path / "data").open(), train)
+
+
+@pytest.mark.parametrize("mode", ["truncated", "stalling", "no length", "hanging", "missing"])
+def test_a_failing_download_is_one_line_and_leaves_nothing(cifar10, tmp_path, monkeypatch, mode):
+    server, url, archive, train = cifar10
+    monkeypatch.setattr(prepare_module, "STALL_SECONDS", 0.5)
+    server.mode = mode
+    if mode == "missing":
+        server.files.clear()
+    begun = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        Tfds("cifar10", "train", data_dir=tmp_path / "data").open()
+    assert time.monotonic() - begun < 10
+    message = str(caught.value)
+    assert "\n" not in message and url in message and "cifar10/3.0.2" in message
+    if mode in ("truncated", "no length"):
+        assert f"{len(archive) // 2} " in message  # what came
+    if mode in ("truncated", "no length", "stalling"):
+        assert f"{len(archive)} bytes" in message  # what should have
+    if mode == "missing":
+        assert "404" in message
+    assert "experiments/digits_mlp.py" in message and str(tmp_path / "data") in message
+    assert nothing_half_made(tmp_path)
+    server.mode, server.files[f"/{ARCHIVE}"] = "good", archive
+    assert same_examples(Tfds("cifar10", "train", data_dir=tmp_path / "data").open(), train)
+
+
+def test_no_network_fails_at_once_and_a_file_put_there_by_hand_helps(cifar10, tmp_path):
+    server, _, archive, train = cifar10
+    server.close()
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="refused") as caught:
+        Tfds("cifar10", "train", data_dir=tmp_path).open()
+    assert time.monotonic() - begun < 5
+    by_hand = tmp_path / "downloads" / "manual"
+    assert f"Put {ARCHIVE} into {by_hand}" in str(caught.value)
+    by_hand.mkdir()
+    (by_hand / ARCHIVE).write_bytes(archive[:-1])
+    with pytest.raises(UserError, match=r"wrong checksum.*Expected.*Got"):
+        Tfds("cifar10", "train", data_dir=tmp_path).open()
+    (by_hand / ARCHIVE).write_bytes(archive)
+    assert same_examples(Tfds("cifar10", "train", data_dir=tmp_path).open(), train)
+
+
+def test_a_name_server_that_never_answers_is_given_up_on(cifar10, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(3))
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"no answer within 0\.5 s"):
+        Tfds("cifar10", "train", data_dir=tmp_path).open()
+    assert time.monotonic() - begun < 5
+
+
+def test_proxies_of_the_environment_are_used(cifar10, tmp_path, monkeypatch):
+    server, url, archive, train = cifar10
+    far = f"http://data.invalid/{ARCHIVE}"
+    server.files = {far: archive}  # what a proxy is asked for
+    monkeypatch.setattr(cifar.Cifar10, "_cifar_info", cifar.Cifar10._cifar_info._replace(url=far))
+    monkeypatch.setattr(cifar.Cifar10, "url_infos", {far: url_info(archive, ARCHIVE)})
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("http_proxy", url.removesuffix(f"/{ARCHIVE}"))
+    assert same_examples(Tfds("cifar10", "train", data_dir=tmp_path).open(), train)
+
+
+def test_time_limits_add_up_to_less_than_15_s():
+    assert prepare_module.STALL_SECONDS <= 10 and prepare_module.CONNECT_SECONDS <= 10
+
+
+def test_a_damaged_archive_without_a_checksum_is_fetched_anew(cifar10, tmp_path, monkeypatch):
+    server, _, archive, train = cifar10
+    monkeypatch.setattr(cifar.Cifar10, "url_infos", {})
+    server.files[f"/{ARCHIVE}"] = archive[: len(archive) // 2]
+    with pytest.raises(UserError, match="extracting"):
+        Tfds("cifar10", "train", data_dir=tmp_path).open()
+    server.files[f"/{ARCHIVE}"] = archive
+    assert same_examples(Tfds("cifar10", "train", data_dir=tmp_path).open(), train)
+    assert server.requests == 2
+
+
+def test_ctrl_c_during_a_download_leaves_nothing(cifar10, tmp_path, monkeypatch):
+    *_, train = cifar10
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_open", interrupted)
+        Tfds("cifar10", "train", data_dir=tmp_path / "data").open()
+    assert nothing_half_made(tmp_path)
+    assert same_examples(Tfds("cifar10", "train", data_dir=tmp_path / "data").open(), train)
+
+
+def test_a_data_dir_that_cannot_be_written(cifar10, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be prepared in"):
+        Tfds("cifar10", "train", data_dir=tmp_path / "file").open()
+
+
+class JaxecoResizes(tensorflow_datasets.core.GeneratorBasedBuilder):
+    VERSION = tensorflow_datasets.core.Version("1.0.0")
+
+    def _info(self):
+        features = tensorflow_datasets.features
+        x, y = features.Image(shape=(2, 2, 3)), features.ClassLabel(num_classes=2)
+        return tensorflow_datasets.core.DatasetInfo(
+            builder=self, features=features.FeaturesDict({"image": x, "label": y})
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow
+
+        yield 0, {"image": tensorflow.image.resize(np.zeros((4, 4, 3)), (2, 2)), "label": 0}
+
+
+def test_a_builder_that_needs_tensorflow_itself_is_told_apart(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be prepared without TensorFlow: .*`resize`"):
+        Tfds("jaxeco_resizes", "train", data_dir=tmp_path).open()
+    assert nothing_half_made(tmp_path)
+
+
+# A tiny prepared data set, written by tfds itself: examples in order, y = index % 3.
+
+
+class JaxecoTiny(tensorflow_datasets.core.GeneratorBasedBuilder):
+    VERSION = tensorflow_datasets.core.Version("1.0.0")
+
+    def _info(self):
+        features = tensorflow_datasets.features
+        return tensorflow_datasets.core.DatasetInfo(
+            builder=self,
+            features=features.FeaturesDict(
+                {
+                    "image": features.Image(shape=(4, 5, 3), encoding_format="png"),
+                    "photo": features.Image(shape=(None, None, 3)),
+                    "label": features.ClassLabel(names=["a", "b", "c"]),
+                    "weight": np.float32,
+                }
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(30), "test": self._generate_examples(7)}
+
+    def _generate_examples(self, n):
+        for i in range(n):
+            yield (
+                i,
+                {
+                    "image": png(tiny_image(i)),
+                    "photo": png(np.full((20 + i, 40, 3), i, np.uint8)),
+                    "label": i % 3,
+                    "weight": 0.5,
+                },
+            )
+
+
+def tiny_image(i):
+    return np.random.default_rng(i).integers(0, 256, (4, 5, 3), np.uint8)
+
+
+def png(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tiny_master(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    builder = JaxecoTiny(data_dir=root)
+    builder.download_and_prepare(file_format="array_record")
+    return root
+
+
+@pytest.fixture
+def tiny(tiny_master, tmp_path):
+    return Path(shutil.copytree(tiny_master, tmp_path / "tiny"))
+
+
+def labels(tiny, split, **options):
+    return every(Tfds("jaxeco_tiny", split, data_dir=tiny, **options).open())
+
+
+TRAIN, TEST = list(range(30)), list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", TRAIN),
+        ("train[:11]", TRAIN[:11]),
+        ("train[-4:]", TRAIN[-4:]),
+        ("train[5:-5]", TRAIN[5:-5]),
+        ("train[50%:]", TRAIN[15:]),
+        ("train[:33%]", TRAIN[:10]),  # 9.9 examples, rounded
+        ("train[:3]+train[-3:]", TRAIN[:3] + TRAIN[-3:]),
+        ("test+train[:2]", TEST + TRAIN[:2]),
+        ("all", TRAIN + TEST),
+    ],
+)
+def test_slices(tiny, split, expected):
+    x, y = labels(tiny, split)
+    np.testing.assert_array_equal(x, [tiny_image(i) for i in expected])
+    np.testing.assert_array_equal(y, [i % 3 for i in expected])
+
+
+def test_joined_parts_take_indices_in_any_order(tiny):
+    x = Tfds("jaxeco_tiny", "train[:3]+test[-2:]", data_dir=tiny).open().fields["x"]
+    np.testing.assert_array_equal(x[np.array([4, 0, 3, 0])], [tiny_image(i) for i in (6, 0, 5, 0)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "cifar11"}, "did you mean .*cifar10"),
+        ({"name": "cifar10:9.9.9"}, "only: 3.0.2"),
+        ({"name": "emnist/balansed"}, "balanced"),
+        ({"name": "kaggle:something"}, "not part of tfds"),
+        ({"split": "trian"}, r"Should be one of \['train', 'test'\]"),
+        ({"split": "train[:31]"}, r"train \(30\)"),
+        ({"split": "train["}, "Unrecognized split format"),
+        ({"split": "train[:101%]"}, "percent"),
+        ({"split": "train[4:4]"}, "selects no examples"),
+        ({"x": "imaeg"}, "did you mean image"),
+        ({"y": "lable"}, "did you mean label"),
+        ({"y": "weight"}, "class or an integer"),
+        ({"x": "label"}, "must be an image"),
+        ({"x": "photo"}, "image_size"),
+    ],
+)
+def test_mistakes_are_named(tiny, options, message):
+    settings = {"name": "jaxeco_tiny", "split": "train", "data_dir": tiny} | options
+    with pytest.raises(UserError, match=message) as caught:
+        Tfds(**settings).open()
+    assert "\n" not in str(caught.value)
+
+
+def test_image_size_must_be_positive():
+    with pytest.raises(ValueError, match="image_size"):
+        Tfds("mnist", "train", image_size=0)
+
+
+def test_images_that_differ_in_size_are_scaled_and_cropped(tiny):
+    x, _ = labels(tiny, "train", x="photo", image_size=8)
+    assert x.shape == (30, 8, 8, 3)
+    np.testing.assert_array_equal(x[:, 0, 0, 0], TRAIN)  # each photo has one colour
+
+
+def test_shapes_of_scaled_crops():
+    """A 2 x 4 image scaled to 2: the middle two columns stay, unchanged."""
+    records = object.__new__(tfds_module._Records)
+    records.shape, records.resize = (2, 2, 3), True
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    np.testing.assert_array_equal(records._image(png(image)), image[:, 1:3])
+
+
+def test_large_sets_are_decoded_on_demand(tiny, tmp_path, monkeypatch):
+    cached = labels(tiny, "train[10:]+test")
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(tfds_module, "CACHE_BYTES", 100)
+    on_demand = labels(tiny, "train[10:]+test")
+    for a, b in zip(cached, on_demand, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+    assert not (tmp_path / "cache").exists()
+
+
+# The decoded cache.
+
+
+def test_later_opens_need_no_records(tiny, monkeypatch):
+    first = Tfds("jaxeco_tiny", "train", data_dir=tiny).open()
+    monkeypatch.setattr(tfds_module._Records, "read", None)
+    again = Tfds("jaxeco_tiny", "train", data_dir=tiny).open()
+    assert isinstance(again.fields["x"], np.memmap)
+    assert again.fingerprint == first.fingerprint
+
+
+def test_fingerprints_follow_the_content(tiny, tmp_path):
+    def fingerprint(root, split):
+        return Tfds("jaxeco_tiny:1.0.0", split, data_dir=root).open().fingerprint
+
+    whole = fingerprint(tiny, "train")
+    assert fingerprint(tiny, "train[:29]") != whole
+    moved = Path(shutil.copytree(tiny, tmp_path / "moved", copy_function=shutil.copyfile))
+    assert fingerprint(moved, "train") == whole  # elsewhere, with other times: the same data
+    shard = "jaxeco_tiny/1.0.0/jaxeco_tiny-{}.array_record-00000-of-00001".format
+    info = json.loads((moved / "jaxeco_tiny/1.0.0/dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"], info["splits"][1]["shardLengths"] = ["7"], ["7"]
+    (moved / "jaxeco_tiny/1.0.0/dataset_info.json").write_text(json.dumps(info))
+    shutil.copyfile(moved / shard("test"), moved / shard("train"))
+    changed = Tfds("jaxeco_tiny:1.0.0", "train", data_dir=moved).open()
+    assert len(changed) == 7 and changed.fingerprint != whole
+
+
+def test_a_damaged_record_is_named_and_not_cached(tiny, tmp_path):
+    shard = next(tiny.rglob("*train.array_record*"))
+    data = bytearray(shard.read_bytes())
+    at = data.index(png(tiny_image(17))[-40:-12])  # inside the pixels of image 17
+    data[at + 10] ^= 0xFF
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"jaxeco_tiny:1.0.0 train: record 17 is damaged") as caught:
+        Tfds("jaxeco_tiny", "train", data_dir=tiny).open()
+    assert str(shard) in str(caught.value) and "\n" not in str(caught.value)
+    assert [path.suffix for path in (tmp_path / "cache" / "data").iterdir()] == [".lock"]
+    assert len(Tfds("jaxeco_tiny", "test", data_dir=tiny).open()) == 7
+
+
+def test_incomplete_data_sets_are_named(tiny):
+    shard = next(tiny.rglob("*train.array_record*"))
+    shard.unlink()
+    with pytest.raises(UserError, match=f"not complete: .*{shard.name}"):
+        Tfds("jaxeco_tiny", "train", data_dir=tiny).open()
+    (tiny / "jaxeco_tiny/1.0.0/dataset_info.json").unlink()
+    with pytest.raises(UserError, match="dataset_info"):
+        Tfds("jaxeco_tiny", "train", data_dir=tiny).open()
+
+
+def test_other_file_formats_are_refused(tiny):
+    info = tiny / "jaxeco_tiny/1.0.0/dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    for shard in tiny.rglob("*.array_record*"):
+        shard.rename(str(shard).replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match=r"tfrecord.*no random access"):
+        Tfds("jaxeco_tiny:1.0.0", "train", data_dir=tiny).open()
+
+
+def test_processes_that_open_at_once_agree_and_never_load_tensorflow(tiny):
+    script = (
+        "import sys; from jaxeco.data.tfds import Tfds;"
+        "assert 'tensorflow_datasets' not in sys.modules;"  # it is slow to import
+        "d = Tfds('jaxeco_tiny:1.0.0', 'train', data_dir=sys.argv[1]).open();"
+        "assert 'tensorflow' not in sys.modules and 'torch' not in sys.modules;"
+        "print(int(d.fields['x'].sum()), d.fingerprint)"
+    )
+    command = [sys.executable, "-c", script, str(tiny)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    outputs, errors = zip(*(process.communicate() for process in running), strict=True)
+    assert [process.returncode for process in running] == [0, 0], errors
+    assert not any("OpenCV" in error for error in errors)
+    total = sum(int(tiny_image(i).sum()) for i in TRAIN)
+    assert outputs[0] == outputs[1] and outputs[0].startswith(f"{total} ")
+
+
+# Real data.
+
+
+def test_real_cifar10(monkeypatch):
+    if not REAL or not (Path(REAL) / "cifar10").is_dir():
+        pytest.skip("$TFDS_DATA_DIR holds no cifar10")
+    monkeypatch.setenv("TFDS_DATA_DIR", REAL)
+    test = Tfds("cifar10", "test").open()
+    begun = time.monotonic()
+    again = Tfds("cifar10", "test").open()
+    assert time.monotonic() - begun < 2
+    assert again.fingerprint == test.fingerprint
+    assert test.fields["x"].shape == (10000, 32, 32, 3) and test.classes == CLASSES
+    np.testing.assert_array_equal(np.bincount(test.fields["y"]), [1000] * 10)
+    with pytest.raises(UserError, match=r"train \(50000\), test \(10000\)"):
+        Tfds("cifar10", "train[:50001]").open()
