@@ -7,6 +7,7 @@ Strict throughout: an unknown name, a value of the wrong type or a file that doe
 import ast
 import contextlib
 import difflib
+import functools
 import hashlib
 import inspect
 import io
@@ -71,7 +72,7 @@ def load(path: str | Path, assignments: Sequence[str] = ()) -> Loaded:
         if len(parts) == 1 and parts[0] not in (f.name for f in fields(Experiment)):
             known = [*parameters, *(f.name for f in fields(Experiment))]
             raise UserError(f"{path} has no argument {key!r}{_nearest(key, known, parameters)}")
-        experiment = _guarded(path, lambda p=parts, k=key, t=text: override(experiment, p, t, k))
+        experiment = _guarded(path, functools.partial(override, experiment, parts, text, key))
     return Loaded(experiment, path, source, tuple(assignments))
 
 
@@ -232,7 +233,9 @@ def _function(path: Path) -> tuple[str, typing.Callable[..., Any]]:
     except FileNotFoundError:
         folder = path.parent
         near = [str(p) for p in sorted(folder.glob("*.py"))] if folder.is_dir() else []
-        raise UserError(f"no such experiment file: {path}{_nearest(str(path), near, near)}") from None
+        raise UserError(
+            f"no such experiment file: {path}{_nearest(str(path), near, near)}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the experiment file {path}: {error}") from error
     try:
@@ -241,8 +244,8 @@ def _function(path: Path) -> tuple[str, typing.Callable[..., Any]]:
         line = getattr(error, "lineno", None)
         place = f"{path}:{line}" if line else f"{path}"
         raise UserError(f"{place}: syntax error: {getattr(error, 'msg', error)}") from error
-    if (folder := str(path.resolve().parent)) not in sys.path:
-        sys.path.append(folder)  # a variant may import its neighbour
+    if (neighbours := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(neighbours)  # a variant may import from the files beside it
     namespace = _guarded(path, lambda: runpy.run_path(str(path)))
     if not callable(function := namespace.get("experiment")):
         raise UserError(
@@ -264,9 +267,10 @@ def _guarded(path: Path, call: typing.Callable[[], Any]) -> Any:
 
 
 def _values(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass that its constructor takes; of a Flax module, without its wiring."""
+    """The fields of a dataclass that its constructor takes; a Flax module's without its wiring."""
     wiring = ("parent", "name") if hasattr(value, "apply") else ()
-    return {f.name: getattr(value, f.name) for f in fields(value) if f.init and f.name not in wiring}
+    names = [f.name for f in fields(value) if f.init and f.name not in wiring]
+    return {name: getattr(value, name) for name in names}
 
 
 def _hints(owner: Any) -> dict[str, Any]:

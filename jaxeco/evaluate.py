@@ -33,7 +33,7 @@ def forward(
         x,
         train=train,
         mutable=list(variables) if train else [],
-        rngs={"dropout": dropout_key} if train else None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     return jax.tree.map(lambda a: a.astype(jnp.float32), outputs), {**variables, **new}
 

@@ -46,9 +46,8 @@ class Steps:
         return self.count
 
 
-def _free(default: Any) -> Any:
-    """A field that may differ between a checkpoint and the run that continues from it."""
-    return field(default=default, metadata={"identity": False})
+# marks a field that may differ between a checkpoint and the run that continues from it
+FREE = {"identity": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +58,15 @@ class Experiment:
     seed: int = 0  # of initialisation, data order, augmentation and dropout
 
     train: Source  # what is learnt from
-    evals: Mapping[str, Source] = field(metadata={"identity": False})  # what is measured on, by name
+    evals: Mapping[str, Source] = field(metadata=FREE)  # what is measured on, by name
     preprocess: tuple[Callable[[dict], dict], ...] = ()  # on every batch, in the compiled step
-    augment: tuple[Callable[[Any, dict], dict], ...] = ()  # then, on training batches: (keys_B, batch)
+    augment: tuple[Callable[[Any, dict], dict], ...] = ()  # then, in training: (keys_B, batch)
 
     model: nn.Module
     loss: Loss
-    eval_loss: Loss | None = _free(None)  # what evaluations report; None: `loss`
-    metrics: tuple[Metric, ...] = _free(())  # beside the loss, in training and evaluation
-    eval_metrics: tuple[Metric, ...] = _free(())  # in evaluation only
+    eval_loss: Loss | None = field(default=None, metadata=FREE)  # in evaluation; None: `loss`
+    metrics: tuple[Metric, ...] = field(default=(), metadata=FREE)  # beside the loss
+    eval_metrics: tuple[Metric, ...] = field(default=(), metadata=FREE)  # in evaluation only
 
     optimizer: Optimizer
     batch: int  # examples per step, over all devices
@@ -76,16 +75,18 @@ class Experiment:
     grad_accum: int = 1  # micro-batches that one step's gradient is summed from
     precision: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass
 
-    parallel: Literal["jit", "shard_map", "pmap"] = _free("jit")  # how a step meets the devices
-    steps_per_call: int = _free(1)  # steps in one dispatch: above 1 where a step is very short
-    resident_gib: float = _free(4.0)  # data up to this size lives on the device
+    # how a step meets the devices
+    parallel: Literal["jit", "shard_map", "pmap"] = field(default="jit", metadata=FREE)
+    steps_per_call: int = field(default=1, metadata=FREE)  # above 1 where a step is very short
+    resident_gib: float = field(default=4.0, metadata=FREE)  # smaller data lies on the devices
 
-    eval_batch: int = _free(1000)  # examples per evaluation step, over all devices
-    eval_every: Epochs | Steps = _free(Epochs(1))
-    log_every: Steps | Epochs = _free(Steps(50))
-    save_every: Epochs | Steps = _free(Epochs(1))
-    keep: int = _free(2)  # newest checkpoints that stay
-    best: str | None = _free(None)  # and the best one by e.g. "test/accuracy"; "-test/loss": lowest
+    eval_batch: int = field(default=1000, metadata=FREE)  # examples per evaluation step
+    eval_every: Epochs | Steps = field(default=Epochs(1), metadata=FREE)
+    save_every: Epochs | Steps = field(default=Epochs(1), metadata=FREE)
+    log_every: Epochs | Steps = field(default=Steps(50), metadata=FREE)
+    keep: int = field(default=2, metadata=FREE)  # newest checkpoints that stay,
+    # and the one where this was highest, such as "test/accuracy"; "-test/loss" for the lowest
+    best: str | None = field(default=None, metadata=FREE)
 
     def __post_init__(self) -> None:
         for name in ("batch", "grad_accum", "steps_per_call", "eval_batch", "keep"):
@@ -94,9 +95,7 @@ class Experiment:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm}: expected a number above 0, or None")
         if self.batch % self.grad_accum:
-            raise ValueError(
-                f"batch={self.batch} is not divisible by grad_accum={self.grad_accum}"
-            )
+            raise ValueError(f"batch={self.batch} is not divisible by grad_accum={self.grad_accum}")
         for name, allowed in (
             ("precision", ("float32", "bfloat16")),
             ("parallel", ("jit", "shard_map", "pmap")),

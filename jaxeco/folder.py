@@ -61,7 +61,8 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             file.seek(0)
             raise UserError(
-                f"{folder} is in use by another run ({file.read().strip()}); choose another --workdir"
+                f"{folder} is in use by another run ({file.read().strip()}); "
+                "choose another --workdir"
             ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")

@@ -61,7 +61,7 @@ class Log:
         stream: TextIO | None = None,
     ):
         self.path = Path(folder) / FILE
-        self._total, self._first, self._unit = total_steps, first_step, unit
+        self._total, self._unit = total_steps, unit
         self._examples = examples_per_step
         self._stream = sys.stdout if stream is None else stream
         with self._writing():
@@ -257,8 +257,9 @@ def _lines(path: Path) -> list[dict[str, Any]] | None:
             line = json.loads(raw)
         except ValueError:
             continue
-        if isinstance(line, dict) and {"step", "split", "time"} <= line.keys():
-            lines.append(line)
+        match line:
+            case {"step": int(), "split": str(), "time": int() | float()}:
+                lines.append(line)
     return lines
 
 

@@ -53,7 +53,7 @@ def compiled(function: Function, how: str, mesh: Mesh, donate: bool) -> Function
     """Compiles `function` so that the devices share what is fed.
 
     Args:
-      function: pure; `carry` and `resident` are on every device, `fed` arrays are [steps, batch, ...].
+      function: pure; `carry` and `resident` are on every device, `fed` is [steps, batch, ...].
       how: "jit", "shard_map" or "pmap".
       mesh: as `data_mesh` makes it.
       donate: the carry's memory is reused for the new carry; the caller gives the old one up.

@@ -139,7 +139,7 @@ def examples(
     rows = max(1, math.ceil(len(x) / columns))
     names = _names(classes, 1 + int(max([0, *labels, *predictions])))
     width, height = 1.5 * columns, 1.8 * rows  # inches; an image takes 1.4 x 1.4 of its 1.5 x 1.8
-    figure = _figure(width, height, layout=None)
+    figure = _figure(width, height, fitted=False)
     for i, (image, truth, guess, p) in enumerate(zip(x, labels, predictions, probabilities)):
         left, below = 1.5 * (i % columns) + 0.05, height - 1.8 * (i // columns) - 1.77
         axes = figure.add_axes((left / width, below / height, 1.4 / width, 1.4 / height))
@@ -192,12 +192,12 @@ def _short(name: str, most: int) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def _figure(width: float, height: float, layout: str | None = "constrained") -> Any:
-    """A figure of so many inches, drawn by Agg."""
+def _figure(width: float, height: float, fitted: bool = True) -> Any:
+    """A figure of so many inches, drawn by Agg; `fitted` makes room for all labels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(width, height), layout="constrained" if fitted else None)
     FigureCanvasAgg(figure)
     return figure
 

@@ -22,9 +22,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("file", nargs="?", type=Path, help="the experiment, such as experiments/digits_mlp.py")
     add("assignments", nargs="*", metavar="key=value", help="its arguments, or fields: lr=0.1")
     add("--workdir", type=Path, help="where the run goes (default: runs/<name>, or <name>-2, ...)")
-    add("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
+    add(
+        "--resume", action="store_true", help="continue from the newest checkpoint, if there is one"
+    )
     add("--steps", type=int, help="stop after this step; --resume goes on from there")
-    add("--dry-run", action="store_true", help="show the resolved experiment and its cost, and stop")
+    add(
+        "--dry-run", action="store_true", help="show the resolved experiment and its cost, and stop"
+    )
     add("-h", "--help", action="store_true", help="with FILE: the experiment's arguments")
     options = parser.parse_intermixed_args(words)
     if options.help and options.file is None:

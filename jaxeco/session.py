@@ -1,5 +1,7 @@
 """One session of a run, as a person sees it: summary, training, end table, pictures, result."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,14 @@ from jaxeco import folder as folders
 from jaxeco import plots
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.config import Loaded, describe, flatten
-from jaxeco.data.order import eval_indices
+from jaxeco.data.dataset import Dataset
 from jaxeco.evaluate import predict
-from jaxeco.experiment import IDENTITY, Experiment
+from jaxeco.experiment import IDENTITY
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics
 from jaxeco.train import Diverged, Plan, State, fit, plan
 
-Row = tuple[str, ...]
+Row = Sequence[str]
 
 
 def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None) -> int:
@@ -66,15 +68,15 @@ def dry_run(loaded: Loaded) -> int:
     print()
     state, batch = jax.eval_shape(p.init), p.batch(loaded.experiment.batch)
     lowered = jax.jit(p.step, donate_argnums=0).lower(state, batch)
-    memory = lowered.compile().memory_analysis()
+    memory: Any = lowered.compile().memory_analysis()
+    held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     rows = {
         "parameters": f"{count(state.params):,}",
         "steps": f"{p.steps:,} ({p.steps_per_epoch:,} an epoch)",
-        "FLOPs a step": f"{lowered.cost_analysis()['flops']:.3g}",
-        "memory a step": f"{_mib(memory.argument_size_in_bytes + memory.temp_size_in_bytes)} MiB"
-        f" ({_mib(memory.argument_size_in_bytes)} state and batch,"
-        f" {_mib(memory.temp_size_in_bytes)} temporary)",
-        "data on device": f"{_mib(sum(d.nbytes for d in (p.train, *p.evals.values())))} MiB",
+        "FLOPs a step": f"{flops(lowered):.3g}",
+        "memory a step": f"{_mib(held + temporary)} MiB: {_mib(held)} for state and batch,"
+        f" {_mib(temporary)} while it runs",
+        "memory of the data": f"{_mib(sum(d.nbytes for d in (p.train, *p.evals.values())))} MiB",
     }
     for name, text in rows.items():
         print(f"{name:<28} {text}")
@@ -101,11 +103,11 @@ def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -
     """What is about to happen, for the table at the start."""
     ex = p.ex
     state, devices = jax.eval_shape(p.init), list(p.mesh.devices.flat)
-    cost = jax.jit(p.step).lower(state, p.batch(ex.batch)).cost_analysis()
-    rows = [
+    lowered = jax.jit(p.step).lower(state, p.batch(ex.batch))
+    rows: list[Row] = [
         ("devices", f"{len(devices)} x {devices[0].device_kind}, through {ex.parallel}"),
         ("parameters", f"{count(state.params):,}"),
-        ("FLOPs a step", f"{cost['flops']:.3g}"),
+        ("FLOPs a step", f"{flops(lowered):.3g}"),
         ("train", f"{p.train.name}: {len(p.train):,} examples"),
         *((split, f"{data.name}: {len(data):,} examples") for split, data in p.evals.items()),
         ("steps", f"{p.steps:,} with {ex.batch} examples each; {p.steps_per_epoch:,} an epoch"),
@@ -113,7 +115,9 @@ def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -
         ("TensorBoard", tensorboard),
     ]
     if resume:
-        rows.append(("resumed", f"from step {first:,}" if first else "nothing there: from the start"))
+        rows.append(
+            ("resumed", f"from step {first:,}" if first else "nothing there: from the start")
+        )
     return rows
 
 
@@ -145,9 +149,30 @@ def finish(p: Plan, state: State, folder: Path, log: Log) -> None:
     log.table(f"{p.ex.name} after {step:,} of {p.steps:,} steps, {result['seconds']:.1f} s", rows)
     if metrics:
         plots.curves(metrics, folder / "curves.png")
-    for split, data in p.evals.items():
-        matrix = final[split]["confusion_matrix"] if "confusion_matrix" in final.get(split, {}) else None
-    ...
+    for i, (split, data) in enumerate(p.evals.items()):
+        suffix = f"-{split}" if i else ""
+        if split in final and "confusion_matrix" in final[split]:
+            labels_N = data.fields["y"][np.arange(len(data))]
+            shares_KxK = np.nan_to_num(final[split]["confusion_matrix"])
+            of_class_K = np.bincount(labels_N, minlength=len(shares_KxK))
+            counts_KxK = np.rint(shares_KxK * of_class_K[:, None]).astype(int)
+            plots.confusion(counts_KxK, data.classes, folder / f"confusion{suffix}.png")
+        if len(shape := data.fields["x"].shape) == 4 and shape[-1] in (1, 3) and data.classes:
+            examples(p, state, data, folder / f"examples{suffix}.png")
+
+
+def examples(p: Plan, state: State, data: Dataset, path: Path) -> None:
+    """The first images of a split, with what the model makes of them."""
+    batch = {name: field[np.arange(min(36, len(data)))] for name, field in data.fields.items()}
+    model = jax.device_get((state.params, state.variables))
+    chances_NxK = np.asarray(jax.nn.softmax(jax.jit(partial(predict, p.ex))(model, batch)))
+    said_N, chance_N = chances_NxK.argmax(-1), chances_NxK.max(-1)
+    plots.examples(batch["x"], batch["y"], said_N, chance_N, data.classes, path)
+
+
+def flops(lowered: Any) -> float:
+    """Floating-point operations of a lowered computation, as XLA counts them before optimising."""
+    return lowered.cost_analysis()["flops"]
 
 
 def count(params: Any) -> int:

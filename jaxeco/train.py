@@ -1,7 +1,7 @@
 """Training: State, how it begins, one step, many steps, the loop. Reading order is running order.
 
-A run is a pure function of (experiment, seed). All that changes is one pytree, `State`; the batch at
-step t is a pure function of (seed, t); so to resume is to load a State.
+A run is a pure function of (experiment, seed). All that changes is one pytree, `State`; the batch
+at step t is a pure function of (seed, t); so to resume is to load a State.
 
 Dimensions: A micro-batches, B examples, n steps in one call.
 """
@@ -9,7 +9,6 @@ Dimensions: A micro-batches, B examples, n steps in one call.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -122,7 +121,7 @@ def many_steps(
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment with its data opened and its parts built: all that a run needs, and no State."""
+    """An experiment with its data opened and its parts built: a run without its State."""
 
     ex: Experiment
     train: Dataset

@@ -3,8 +3,8 @@ that was never stopped: parameters, optimizer state and all must be the same to 
 
     python scripts/kill_trial.py --kills 20
 
-Some of the kills are timed to fall into a save: a checkpoint folder that is being written is watched
-for, and the run is killed while it is there. Exit status 0 if the end is the same, else 1.
+Every other kill is timed to fall into a save: a checkpoint that is being written is watched for,
+and the run is killed while it is there. Exit status 0 if the end is the same, else 1.
 """
 
 import argparse

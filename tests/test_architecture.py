@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "jaxeco"
 
-# A module may import from its own floor's right-hand side... no: only from floors below it.
+# From top to bottom. A module may import from the floors below its own.
 FLOORS = [
     ["run"],
     ["session"],
@@ -83,6 +83,14 @@ def test_reading_an_experiment_wakes_nothing_up() -> None:
 
 def test_importing_all_of_jaxeco_leaves_heavy_libraries_asleep() -> None:
     loaded = modules_after("import jaxeco.session")
-    heavy = {"tensorflow", "torch", "orbax", "matplotlib", "sklearn", "tensorflow_datasets", "grain"}
+    heavy = {
+        "tensorflow",
+        "torch",
+        "orbax",
+        "matplotlib",
+        "sklearn",
+        "tensorflow_datasets",
+        "grain",
+    }
     assert "jaxeco.train" in loaded
     assert not heavy & loaded

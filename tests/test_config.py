@@ -60,8 +60,14 @@ def test_arguments_bind_by_their_types_before_derived_values_exist(file: Path) -
 
 
 def test_any_other_key_is_a_dotted_field(file: Path) -> None:
-    words = ["seed=7", "model.widths=5", "optimizer.lr.peak=0.25", "preprocess.0.white=8",
-             "evals.test.split=train", "length.count=3"]
+    words = [
+        "seed=7",
+        "model.widths=5",
+        "optimizer.lr.peak=0.25",
+        "preprocess.0.white=8",
+        "evals.test.split=train",
+        "length.count=3",
+    ]
     ex = config.load(file, words).experiment
     assert ex.seed == 7
     assert ex.model.widths == (5,)
@@ -116,8 +122,10 @@ def test_the_same_key_twice(file: Path) -> None:
         ("import nowhere_at_all\n", ":1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("def experiment():\n    return 3\n", "returned 3, expected an Experiment"),
         ("def experiment():\n    return undefined\n", ":2: NameError"),
-        ("from jaxeco import models\ndef experiment():\n    return models.MLP(wdths=3)\n",
-         ":3: TypeError"),
+        (
+            "from jaxeco import models\ndef experiment():\n    return models.MLP(wdths=3)\n",
+            ":3: TypeError",
+        ),
     ],
 )
 def test_a_file_that_does_not_load(tmp_path: Path, text: str, expected: str) -> None:

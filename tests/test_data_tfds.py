@@ -1,18 +1,13 @@
 """tfds without TensorFlow: preparing from a server on this machine, decoding, slicing, failing."""
 
-import gzip
 import hashlib
-import http.server
 import io
 import json
 import os
 import shutil
 import socket
-import struct
 import subprocess
 import sys
-import tarfile
-import threading
 import time
 from pathlib import Path
 
@@ -20,8 +15,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets
 from PIL import Image
-from tensorflow_datasets.core.download import checksums
-from tensorflow_datasets.image_classification import cifar, mnist
+from tensorflow_datasets.image_classification import cifar
+from tiny_tfds import ARCHIVE, CLASSES, Server, serve_cifar10, serve_mnist, url_info
 
 from jaxeco.data import prepare as prepare_module
 from jaxeco.data import tfds as tfds_module
@@ -29,60 +24,12 @@ from jaxeco.data.tfds import Tfds
 from jaxeco.errors import UserError
 
 REAL = os.environ.get("TFDS_DATA_DIR", "")
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
-           "dog", "frog", "horse", "ship", "truck")  # fmt: skip
-ARCHIVE = "cifar-10-binary.tar.gz"
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXECO_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-
-
-# A server that behaves as told.
-
-
-class Server:
-    """Serves `files` (path -> bytes) in the way `mode` says, and counts requests."""
-
-    def __init__(self):
-        self.files: dict[str, bytes] = {}
-        self.mode, self.requests = "good", 0
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.requests += 1
-                body = outer.files.get(self.path)
-                if outer.mode == "hanging":
-                    outer.released.wait(30)
-                    return
-                if body is None:
-                    self.send_error(404)
-                    return
-                self.send_response(200)
-                if outer.mode != "no length":
-                    self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                whole = outer.mode not in ("truncated", "no length", "stalling")
-                self.wfile.write(body if whole else body[: len(body) // 2])
-                if outer.mode == "stalling":
-                    self.wfile.flush()
-                    outer.released.wait(30)
-
-            def log_message(self, *args):
-                pass
-
-        self.released = threading.Event()
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self):
-        self.released.set()
-        self.server.shutdown()
-        self.server.server_close()
 
 
 @pytest.fixture
@@ -92,44 +39,10 @@ def server():
     server.close()
 
 
-def cifar_archive(rng):
-    """A tiny archive in CIFAR-10's binary format: 5 x 4 training and 6 test images."""
-    files, train = {}, []
-    for name in [f"data_batch_{k}.bin" for k in range(1, 6)] + ["test_batch.bin"]:
-        n = 4 if name.startswith("data") else 6
-        x_NxCxHxW = rng.integers(0, 256, (n, 3, 32, 32), np.uint8)
-        y_N = rng.integers(0, 10, n, np.uint8)
-        files[name] = b"".join(
-            bytes([y]) + x.tobytes() for x, y in zip(x_NxCxHxW, y_N, strict=True)
-        )
-        if n == 4:
-            train += zip(x_NxCxHxW.transpose(0, 2, 3, 1), y_N, strict=True)
-    files["batches.meta.txt"] = "\n".join([*CLASSES, ""]).encode()
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, data in files.items():
-            entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-    return buffer.getvalue(), train
-
-
-def url_info(data, filename, checksum=None):
-    size = tensorflow_datasets.core.utils.Size(len(data))
-    checksum = checksum or hashlib.sha256(data).hexdigest()
-    return checksums.UrlInfo(size=size, checksum=checksum, filename=filename)
-
-
 @pytest.fixture
 def cifar10(server, monkeypatch):
     """tfds's own CIFAR-10 builder, its archive replaced by a tiny one on the local server."""
-    archive, train = cifar_archive(np.random.default_rng(0))
-    url = f"{server.url}/{ARCHIVE}"
-    server.files[f"/{ARCHIVE}"] = archive
-    real = cifar.Cifar10._cifar_info.fget(cifar.Cifar10)
-    monkeypatch.setattr(cifar.Cifar10, "_cifar_info", real._replace(url=url))
-    monkeypatch.setattr(cifar.Cifar10, "url_infos", {url: url_info(archive, ARCHIVE)})
-    return server, url, archive, train
+    return (server, *serve_cifar10(server, monkeypatch))
 
 
 def same_examples(dataset, expected):
@@ -170,21 +83,7 @@ def test_prepares_cifar10_without_tensorflow_and_without_loss(cifar10, tmp_path,
 
 
 def test_prepares_mnist(server, tmp_path, monkeypatch):
-    rng, expected, infos = np.random.default_rng(1), [], {}
-    monkeypatch.setattr(mnist.MNIST, "URL", f"{server.url}/")
-    for part, n in (("train", 12), ("t10k", 5)):
-        x, y = rng.integers(0, 256, (n, 28, 28, 1), np.uint8), rng.integers(0, 10, n, np.uint8)
-        images = struct.pack(">4i", 2051, n, 28, 28) + x.tobytes()
-        labels = struct.pack(">2i", 2049, n) + y.tobytes()
-        for name, data in (("images-idx3", images), ("labels-idx1", labels)):
-            file = f"{part}-{name}-ubyte.gz"
-            server.files[f"/{file}"] = gzip.compress(data)
-            infos[f"{server.url}/{file}"] = url_info(server.files[f"/{file}"], file)
-        if part == "train":
-            expected = list(zip(x, y, strict=True))
-    monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", 12)
-    monkeypatch.setattr(mnist, "_TEST_EXAMPLES", 5)
-    monkeypatch.setattr(mnist.MNIST, "url_infos", infos)
+    expected = serve_mnist(server, monkeypatch)
     dataset = Tfds("mnist", "train", data_dir=tmp_path).open()
     assert same_examples(dataset, expected)
     assert dataset.fields["x"].shape == (12, 28, 28, 1)

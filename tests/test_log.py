@@ -86,6 +86,26 @@ def test_an_evaluation_done_again_replaces_the_earlier(tmp_path):
     assert points(tmp_path, "loss") == [("test", 10, 2.0)]
 
 
+def test_evaluations_on_record_are_known_after_a_restart(tmp_path):
+    with make(tmp_path) as log:
+        log.train(10, {"loss": 1.0})
+        assert not log.evaluated(10)
+        for step in (10, 20):
+            log.evaluation(step, "test", {"loss": 1.0})
+            assert log.evaluated(step)
+    with make(tmp_path, first_step=10) as log:
+        assert log.evaluated(10) and not log.evaluated(20)
+
+
+def test_lines_that_are_not_of_a_log_are_passed_over(tmp_path):
+    good = {"step": 1, "split": "train", "time": 1, "loss": 0.5}
+    odd = ["7", "[]", "null", "", '{"step": 1}', json.dumps(good | {"step": "x"}), "\0"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*odd, json.dumps(good), *odd]))
+    assert read_metrics(tmp_path) == [good]
+    with make(tmp_path, first_step=1):
+        assert (tmp_path / "metrics.jsonl").read_text() == json.dumps(good) + "\n"
+
+
 def test_time_goes_on_where_the_run_was_stopped(tmp_path):
     line = {"step": 10, "split": "train", "time": 1000.0, "loss": 1.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")

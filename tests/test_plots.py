@@ -75,14 +75,12 @@ def test_confusion_of_few_and_many_classes(tmp_path, k):
     counts = np.random.default_rng(0).integers(0, 2000, (k, k))
     counts[0] = 0  # a class without examples
     plots.confusion(counts, [f"class {i} " + "x" * i for i in range(k)], tmp_path / "a.png")
-    plots.confusion(counts.tolist(), (), tmp_path / "b.png")
-    for name in ("a.png", "b.png"):
-        height, width = read(tmp_path / name).shape
-        assert 500 < height <= width < 2000
+    height, width = read(tmp_path / "a.png").shape
+    assert 500 < height <= width < 2000
 
 
 def test_a_perfect_confusion_matrix_is_dark_on_its_diagonal_alone(tmp_path):
-    plots.confusion(np.eye(4, dtype=int) * 50, ("a", "b", "c", "d"), tmp_path / "a.png")
+    plots.confusion((np.eye(4, dtype=int) * 50).tolist(), (), tmp_path / "a.png")
     image = read(tmp_path / "a.png")[:, :520]  # without the scale
     dark = image < 90
     upper, lower = np.split(dark[: len(dark) // 2 * 2], 2)
@@ -100,8 +98,8 @@ def test_examples_are_coloured_right_and_wrong(tmp_path, shape, dtype):
     labels = rng.integers(0, 3, n)
     names = ("cat", "dog", "a name that is far too long for its place")
     p = np.full(n, 0.5)
-    plots.examples(x, labels, labels, p, names, tmp_path / "right.png")
-    plots.examples(x, labels, (labels + 1) % 3, p, names, tmp_path / "wrong.png")
+    plots.examples(x, labels, labels, p, names, tmp_path / "right.png", columns=3, rows=2)
+    plots.examples(x, labels, (labels + 1) % 3, p, names, tmp_path / "wrong.png", columns=2)
     assert pixels(tmp_path / "right.png", plots.RIGHT) > 20
     assert pixels(tmp_path / "right.png", plots.WRONG) == 0
     assert pixels(tmp_path / "wrong.png", plots.WRONG) > 20
@@ -110,7 +108,8 @@ def test_examples_are_coloured_right_and_wrong(tmp_path, shape, dtype):
 
 def test_uint8_keeps_its_brightness_and_floats_are_stretched(tmp_path):
     grey = np.full((1, 8, 8, 3), 100, np.uint8)
-    plots.examples(grey, [0], [0], [1.0], (), tmp_path / "a.png")
+    plots.examples(np.repeat(grey, 40, 0), [0] * 40, [0] * 40, [1.0] * 40, (), tmp_path / "a.png")
+    assert read(tmp_path / "a.png").shape == (1404, 1170)  # six by six
     assert pixels(tmp_path / "a.png", "#646464") > 10_000
     halves = np.concatenate([np.full((1, 8, 8, 1), -2.0), np.full((1, 8, 8, 1), 3.0)])
     plots.examples(halves, [0, 0], [0, 0], [1, 1], (), tmp_path / "b.png")

@@ -25,7 +25,7 @@ Y = (X.mean((1, 2, 3)) > 127).astype(np.int32)
 
 
 def experiment(**changes: Any) -> Experiment:
-    """Batch norm, dropout and augmentation, on 100 small images: all that could tell devices apart."""
+    """Batch norm, dropout, augmentation on 100 small images: what could tell devices apart."""
     ex = Experiment(
         name="test",
         train=data.Arrays(X, Y, classes=("dark", "bright")),
@@ -117,7 +117,8 @@ def test_the_loss_of_the_first_step_is_that_of_the_model_by_hand() -> None:
     np.testing.assert_allclose(
         np.asarray(new.params[next(iter(new.params))]["kernel"]),
         np.float64(dense["kernel"]) - 0.05 * gradient,
-        rtol=1e-4, atol=1e-6,
+        rtol=1e-4,
+        atol=1e-6,
     )
 
 
@@ -180,9 +181,7 @@ def train(folder: Path, ex: Experiment, stop_at: int | None = None) -> State:
     p = plan(ex, jax.devices()[:2])
     with Interrupt() as interrupt, Checkpoints(folder / "checkpoints", description={}) as saved:
         state, step = saved.restore(p.abstract_state()) or (p.place(p.init()), 0)
-        with Log(
-            folder, total_steps=p.steps, first_step=step, examples_per_step=ex.batch
-        ) as log:
+        with Log(folder, total_steps=p.steps, first_step=step, examples_per_step=ex.batch) as log:
             return fit(p, state, saved, log, interrupt, stop_at)
 
 
