@@ -29,6 +29,7 @@ def experiment(
         length=Epochs(epochs),
         eval_batch=360,
         eval_every=Epochs(5),
+        save_every=Epochs(10),
         log_every=Steps(50),
         best="test/accuracy",
     )

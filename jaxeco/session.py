@@ -20,6 +20,7 @@ from jaxeco.log import Log, read_metrics
 from jaxeco.train import Diverged, Plan, State, fit, plan
 
 Row = Sequence[str]
+PACE = ("time", "learning_rate", "examples_per_second")  # in the log, but no result
 
 
 def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None) -> int:
@@ -64,7 +65,8 @@ def dry_run(loaded: Loaded) -> int:
     """Prints the resolved experiment and what a step costs; trains nothing, writes nothing."""
     p = plan(loaded.experiment)
     for path, value in flatten(describe(loaded.experiment)).items():
-        print(f"{path:<28} {value}")
+        shown = ",".join(map(str, value)) or "()" if isinstance(value, list) else value
+        print(f"{path:<28} {shown}")
     print()
     state, batch = jax.eval_shape(p.init), p.batch(loaded.experiment.batch)
     lowered = jax.jit(p.step, donate_argnums=0).lower(state, batch)
@@ -74,9 +76,9 @@ def dry_run(loaded: Loaded) -> int:
         "parameters": f"{count(state.params):,}",
         "steps": f"{p.steps:,} ({p.steps_per_epoch:,} an epoch)",
         "FLOPs a step": f"{flops(lowered):.3g}",
-        "memory a step": f"{_mib(held + temporary)} MiB: {_mib(held)} for state and batch,"
-        f" {_mib(temporary)} while it runs",
-        "memory of the data": f"{_mib(sum(d.nbytes for d in (p.train, *p.evals.values())))} MiB",
+        "memory a step": f"{_size(held + temporary)}: {_size(held)} for state and batch,"
+        f" {_size(temporary)} while it runs",
+        "memory of the data": _size(sum(d.nbytes for d in (p.train, *p.evals.values()))),
     }
     for name, text in rows.items():
         print(f"{name:<28} {text}")
@@ -142,7 +144,7 @@ def finish(p: Plan, state: State, folder: Path, log: Log) -> None:
     for split, line in final.items():
         values = {k: v for k, v in line.items() if k not in ("step", "split")}
         scalars = {k: v for k, v in values.items() if isinstance(v, int | float)}
-        rows += [(split, name, f"{value:.4f}") for name, value in scalars.items() if name != "time"]
+        rows += [(split, k, f"{v:.4f}") for k, v in scalars.items() if k not in PACE]
         result[split] = scalars
     result["seconds"] = metrics[-1]["time"] if metrics else 0.0
     folders.write_result(folder, result)
@@ -167,7 +169,8 @@ def examples(p: Plan, state: State, data: Dataset, path: Path) -> None:
     model = jax.device_get((state.params, state.variables))
     chances_NxK = np.asarray(jax.nn.softmax(jax.jit(partial(predict, p.ex))(model, batch)))
     said_N, chance_N = chances_NxK.argmax(-1), chances_NxK.max(-1)
-    plots.examples(batch["x"], batch["y"], said_N, chance_N, data.classes, path)
+    x_NxHxWxC = np.asarray(batch["x"], np.float32)  # as floats they are shown from black to white
+    plots.examples(x_NxHxWxC, batch["y"], said_N, chance_N, data.classes, path)
 
 
 def flops(lowered: Any) -> float:
@@ -180,5 +183,9 @@ def count(params: Any) -> int:
     return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(params))
 
 
-def _mib(nbytes: float) -> str:
-    return f"{nbytes / 2**20:,.0f}"
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.3g} GiB"

@@ -266,7 +266,7 @@ def fit(
     feed = Feed.training(plan.train, ex.batch, ex.seed, **plan.feeding(plan.train))
     evaluators = {split: Evaluator(plan, split) for split in plan.evals}
     stops = (every_eval, every_save, ex.steps_per_call)  # where a call ends: a function of the step
-    step = int(state.step)
+    step = first = int(state.step)
     pending: list[tuple[int, Sums]] = []  # calls that the log has not seen: (first step, sums)
 
     def report() -> None:
@@ -292,6 +292,8 @@ def fit(
                 return state
             n = min(end, *((step // grid + 1) * grid for grid in stops)) - step
             state, sums = call(state, feed.resident, feed.fed(step, n))
+            if step == first:
+                log.mark(step)  # the call has returned, so it is compiled: rates count from here
             if pending and step // every_log > pending[0][0] // every_log:
                 report()  # of the calls before this one, on which the device is busy now
             pending.append((step, sums))

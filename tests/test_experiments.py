@@ -66,7 +66,7 @@ def test_help_and_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert "peak learning rate" in capsys.readouterr().out
     assert run.main([DIGITS, "batch=16", "--dry-run", "--workdir", str(tmp_path / "none")]) == 0
     shown = capsys.readouterr().out
-    for word in ("optimizer.lr.peak", "parameters", "17,226", "FLOPs", "MiB"):
+    for word in ("optimizer.lr.peak", "parameters", "17,226", "FLOPs", "KiB"):
         assert word in shown  # 64*128+128 + 128*64+64 + 64*10+10 = 17,226
     assert not (tmp_path / "none").exists()
 

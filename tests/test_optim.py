@@ -176,8 +176,8 @@ def test_rmsprop(centered, gamma):
 
 def test_centered_rmsprop_survives_a_constant_gradient():
     # s - m² is 0 but for rounding, to which side depends on the number: so try many of them
-    grads = [{"w": np.linspace(0.1, 10, 1000)}] * 300
-    path = train(RMSProp(1e-9, centered=True), {"w": np.ones(1000)}, grads)
+    grads = [{"w": np.linspace(0.1, 10, 1000)}] * 60
+    path = train(RMSProp(1e-9, rho=0.5, centered=True), {"w": np.ones(1000)}, grads)
     assert np.isfinite(path[-1]["w"]).all()
 
 

@@ -1,0 +1,11 @@
+"""Flax modules, used through pure `init` and `apply`; they know nothing of training.
+
+A model's fields are its whole configuration, and it is called as
+`model.apply(variables, x, train=..., rngs={"dropout": key})`.
+"""
+
+from jaxeco.models.lenet import LeNet
+from jaxeco.models.mlp import MLP
+from jaxeco.models.resnet import CifarResNet, ResNet
+
+__all__ = ["MLP", "CifarResNet", "LeNet", "ResNet"]
