@@ -122,12 +122,9 @@ def test_a_signal_saves_says_so_and_the_run_goes_on(
     folder = tmp_path / "run"
     words = (DIGITS, "epochs=2000", "eval_every.count=500", "--workdir", str(folder))
     process = command(*words)
-    lines = ""
     assert process.stdout is not None
-    while "step " not in lines.rpartition("\n\n")[2]:
-        line = process.stdout.readline()
+    while not (line := process.stdout.readline()).startswith("step "):  # of the progress
         assert line, process.communicate()[1]
-        lines += line
     process.send_signal(number)
     got, out, _ = outcome(process)
     assert got == status

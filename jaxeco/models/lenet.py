@@ -29,7 +29,8 @@ class LeNet(nn.Module):
     Attributes:
       activation: after each layer but the last.
       initial: "pytorch" draws kernels *and* biases from U(±1/√fan_in), PyTorch's default and so
-        what those articles train; "he" (normal, fan-in) and "glorot" (uniform) start biases from zero.
+        what those articles train; "he" (normal, fan-in) and "glorot" (uniform) start biases from
+        zero.
       conv: how to convolve, see `Conv`. "matmul", since the channels are few and the articles'
         batches of 4 are best run in `lax.scan`.
     """
