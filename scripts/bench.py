@@ -7,8 +7,8 @@ PyTorch is never a dependency of ours; it wants an environment of its own:
 
     python -m venv .venv-torch && .venv-torch/bin/pip install torch==2.13.0
 
-Each program is a process of its own (XLA's flags are settled once a process), kept alive and asked in
-turn, A B C A B C ..., to train for a few seconds on the same shapes, while the others wait. So a
+Each program is a process of its own (XLA's flags are settled once a process), kept alive and asked
+in turn, A B C A B C ..., to train for a few seconds on the same shapes, while the others wait. So a
 machine that is slow for a while is slow for all. What is printed is the ratio of medians.
 """
 
@@ -59,14 +59,14 @@ def measure(workload: str, pythons: dict[str, str], rounds: int, seconds: float)
     for _ in range(rounds):
         for worker in workers:
             rates[worker.name].append(worker.round())
-    ours = statistics.median(rates["jaxeco"])
+    ours = statistics.median(rates["ours"])
     print(f"\n{WORKLOADS[workload]}, n = {rounds} rounds of {seconds:g} s\n")
     print("| program | examples/s, median | least to most | jaxeco is faster by |")
     print("| --- | --- | --- | --- |")
     for worker in workers:
         got = rates[worker.name]
         median = statistics.median(got)
-        ratio = f"{ours / median:.2f}" if worker.name != "jaxeco" else ""
+        ratio = f"{ours / median:.2f}" if worker.name != "ours" else ""
         spread = f"{min(got):,.0f} to {max(got):,.0f}"
         print(f"| {worker.about['name']} | {median:,.0f} | {spread} | {ratio} |", flush=True)
         worker.process.kill()
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a round")
     options = parser.parse_args()
-    pythons = {"jaxeco": sys.executable, "flax": sys.executable}
+    pythons = {"ours": sys.executable, "plain_flax": sys.executable}
     if options.torch:
         pythons["pytorch"] = options.torch
     print(f"{platform.machine()}, {platform.platform()}, Python {platform.python_version()}")

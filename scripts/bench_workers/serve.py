@@ -1,4 +1,4 @@
-"""What the programs that are compared have in common: rounds of training, asked for line by line."""
+"""What the compared programs have in common: rounds of training, asked for line by line."""
 
 import json
 import sys

@@ -1,14 +1,12 @@
-"""Trains as an experiment does: its step, its calls, its feed; on noise of the shape of CIFAR-10."""
+"""Trains as an experiment does: its step, its calls, its feed; on noise shaped as CIFAR-10."""
 
 import dataclasses
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from serve import serve
 
-sys.path.remove(str(Path(__file__).parent))  # this file is called jaxeco too
 from jaxeco import config, runtime
 
 runtime.configure()

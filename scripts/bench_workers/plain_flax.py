@@ -1,0 +1,67 @@
+"""The same training as Flax's own examples write it: nn.Conv, nn.max_pool, one jitted step a call.
+
+No XLA flags, no rewritten operators; the data lies on the device and the step gathers it, as ours.
+"""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = ""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from serve import serve
+
+
+class LeNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        for features in (6, 16):
+            x = nn.Conv(features, (5, 5), padding="VALID")(x)
+            x = nn.max_pool(nn.relu(x), (2, 2), strides=(2, 2))
+        x = x.reshape(len(x), -1)
+        for features in (120, 84):
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(10)(x)
+
+
+WORKLOADS = {"lenet": (LeNet(), optax.sgd(0.001, 0.9), 4, 50)}  # model, optimizer, batch, steps
+
+
+def main(workload: str) -> None:
+    model, tx, batch, steps = WORKLOADS[workload]
+    noise = np.random.default_rng(0)
+    data_x = jnp.asarray(noise.integers(0, 256, (10_000, 32, 32, 3)), jnp.uint8)
+    data_y = jnp.asarray(noise.integers(0, 10, 10_000))
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), False)
+    params, stats = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+    opt_state, order, step = tx.init(params), noise.permutation(10_000), 0
+
+    @jax.jit
+    def train_step(params, stats, opt_state, index):
+        x, y = (data_x[index].astype(jnp.float32) / 255 - 0.5) / 0.5, data_y[index]
+
+        def loss_fn(params):
+            logits, new = model.apply({"params": params, **stats}, x, True, mutable=list(stats))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), new
+
+        (loss, stats_), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state_ = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), stats_, opt_state_, loss
+
+    def train() -> int:
+        nonlocal params, stats, opt_state, step
+        for _ in range(steps):
+            index = order[np.arange(step * batch, (step + 1) * batch) % len(order)]
+            params, stats, opt_state, loss = train_step(params, stats, opt_state, index)
+            step += 1
+        loss.block_until_ready()
+        return steps * batch
+
+    serve(f"plain Flax (JAX {jax.__version__})", train)
+
+
+main(sys.argv[1])
