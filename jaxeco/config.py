@@ -178,7 +178,7 @@ def flatten(description: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(description, Mapping):
         items = [(k, v) for k, v in description.items() if k != "type"]
         head = {prefix: description["type"]} if prefix and "type" in description else {}
-    elif isinstance(description, list) and any(isinstance(v, Mapping) for v in description):
+    elif isinstance(description, list) and any(isinstance(v, Mapping | list) for v in description):
         head, items = {}, [(str(i), v) for i, v in enumerate(description)]
     else:
         return {prefix: description}

@@ -252,7 +252,8 @@ class Muon(GradientDescent):
     The momentum (an average, corrected for its start at 0) is made nearly orthogonal by `ns_steps`
     Newton-Schulz steps, so that all its singular values come to lie around 1; d is that, times
     √max(1, out/in) for a matrix [in, out], or times `consistent_rms`·√max(in, out), where 0.2 gives
-    updates the size of AdamW's (Liu et al. 2025).
+    updates the size of AdamW's (Liu et al. 2025). With `fixed_norm`, w is scaled to the norm √out
+    before each update (as in airbench, Jordan 2024), which suits layers before a normalisation.
 
     A parameter is a weight matrix if `matrices`, a regular expression, matches its whole path
     ("block/conv/kernel") and it has two axes or more. More than two are read as a convolution's,
@@ -268,6 +269,7 @@ class Muon(GradientDescent):
     nesterov: bool = field(default=True, kw_only=True)
     ns_steps: int = field(default=5, kw_only=True)
     consistent_rms: float | None = field(default=None, kw_only=True)
+    fixed_norm: bool = field(default=False, kw_only=True)  # each matrix keeps its norm at √out
     weight_decay: float = field(default=0.0, kw_only=True)
     matrices: str = field(default="(.*/)?kernel", kw_only=True)
 
@@ -295,7 +297,10 @@ class Muon(GradientDescent):
                 )
             return jax.tree.map(lambda is_matrix: "muon" if is_matrix else "rest", chosen)
 
-        transforms = {"muon": super().build(total_steps), "rest": self.rest.build(total_steps)}
+        muon = super().build(total_steps)
+        if self.fixed_norm:
+            muon = optax.chain(muon, optax.stateless(_to_fixed_norm))
+        transforms = {"muon": muon, "rest": self.rest.build(total_steps)}
         return optax.partition(transforms, labels)
 
     def _direction(self) -> optax.GradientTransformation:
@@ -322,6 +327,15 @@ class Muon(GradientDescent):
             optax.stateless(lambda updates, params: jax.tree.map(size, updates)),
             self._add_penalty(0.0, self.weight_decay),
         )
+
+
+def _to_fixed_norm(updates: Any, params: Any) -> Any:
+    """Updates that also bring each parameter, as it was before, to the norm √(its outputs)."""
+
+    def scaled(u: jax.Array, w: jax.Array) -> jax.Array:
+        return u + w * (w.shape[-1] ** 0.5 / jnp.linalg.norm(w) - 1)
+
+    return jax.tree.map(scaled, updates, params)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -57,6 +58,7 @@ def main(words: list[str]) -> int:
 
 if __name__ == "__main__":
     runtime.configure()
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         status = main(sys.argv[1:])
     except UserError as error:

@@ -1,5 +1,6 @@
 """One session of a run, as a person sees it: summary, training, end table, pictures, result."""
 
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from jaxeco import plots
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.config import Loaded, describe, flatten
 from jaxeco.data.dataset import Dataset
+from jaxeco.errors import UserError
 from jaxeco.evaluate import predict
 from jaxeco.experiment import IDENTITY
 from jaxeco.interrupt import Interrupt
@@ -34,6 +36,7 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
     folder = folders.choose(ex.name, workdir, resume)
     with folders.locked(folder):
         p = plan(ex)
+        step = traced(p)
         minimise = ex.best is not None and ex.best.startswith("-")
         with Checkpoints(
             folder / "checkpoints",
@@ -48,7 +51,7 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
             with Log(
                 folder, total_steps=p.steps, first_step=first, examples_per_step=ex.batch
             ) as log:
-                log.table(ex.name, summary(p, folder, first, resume, log.tensorboard))
+                log.table(ex.name, summary(p, step, folder, first, resume, log.tensorboard))
                 try:
                     with Interrupt() as interrupt:
                         state = fit(p, state, checkpoints, log, interrupt, stop_at)
@@ -64,25 +67,38 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
 def dry_run(loaded: Loaded) -> int:
     """Prints the resolved experiment and what a step costs; trains nothing, writes nothing."""
     p = plan(loaded.experiment)
+    step = traced(p)
+    memory: Any = step.compile().memory_analysis()
+    held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     for path, value in flatten(describe(loaded.experiment)).items():
         shown = ",".join(map(str, value)) or "()" if isinstance(value, list) else value
         print(f"{path:<28} {shown}")
-    print()
-    state, batch = jax.eval_shape(p.init), p.batch(loaded.experiment.batch)
-    lowered = jax.jit(p.step, donate_argnums=0).lower(state, batch)
-    memory: Any = lowered.compile().memory_analysis()
-    held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     rows = {
-        "parameters": f"{count(state.params):,}",
+        "parameters": f"{parameters(p):,}",
         "steps": f"{p.steps:,} ({p.steps_per_epoch:,} an epoch)",
-        "FLOPs a step": f"{flops(lowered):.3g}",
+        "FLOPs a step": f"{flops(step):.3g}",
         "memory a step": f"{_size(held + temporary)}: {_size(held)} for state and batch,"
         f" {_size(temporary)} while it runs",
         "memory of the data": _size(sum(d.nbytes for d in (p.train, *p.evals.values()))),
     }
-    for name, text in rows.items():
-        print(f"{name:<28} {text}")
+    print("", *(f"{name:<28} {text}" for name, text in rows.items()), sep="\n")
     return 0
+
+
+def traced(p: Plan) -> Any:
+    """The train step for one device, traced and lowered but not compiled.
+
+    Raises:
+      UserError: one of our components says that shapes do not fit.
+    """
+    try:
+        state, batch = jax.eval_shape(p.init), p.batch(p.ex.batch)
+        return jax.jit(p.step, donate_argnums=0).lower(state, batch)
+    except ValueError as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(raised_in).is_relative_to(Path(__file__).parent):
+            raise UserError(str(error).splitlines()[0]) from error
+        raise
 
 
 def identity(p: Plan) -> dict[str, Any]:
@@ -101,15 +117,16 @@ def environment(p: Plan) -> dict[str, Any]:
     }
 
 
-def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -> list[Row]:
+def summary(
+    p: Plan, step: Any, folder: Path, first: int, resume: bool, tensorboard: str
+) -> list[Row]:
     """What is about to happen, for the table at the start."""
     ex = p.ex
-    state, devices = jax.eval_shape(p.init), list(p.mesh.devices.flat)
-    lowered = jax.jit(p.step).lower(state, p.batch(ex.batch))
+    devices = list(p.mesh.devices.flat)
     rows: list[Row] = [
         ("devices", f"{len(devices)} x {devices[0].device_kind}, through {ex.parallel}"),
-        ("parameters", f"{count(state.params):,}"),
-        ("FLOPs a step", f"{flops(lowered):.3g}"),
+        ("parameters", f"{parameters(p):,}"),
+        ("FLOPs a step", f"{flops(step):.3g}"),
         ("train", f"{p.train.name}: {len(p.train):,} examples"),
         *((split, f"{data.name}: {len(data):,} examples") for split, data in p.evals.items()),
         ("steps", f"{p.steps:,} with {ex.batch} examples each; {p.steps_per_epoch:,} an epoch"),
@@ -173,14 +190,15 @@ def examples(p: Plan, state: State, data: Dataset, path: Path) -> None:
     plots.examples(x_NxHxWxC, batch["y"], said_N, chance_N, data.classes, path)
 
 
-def flops(lowered: Any) -> float:
+def flops(step: Any) -> float:
     """Floating-point operations of a lowered computation, as XLA counts them before optimising."""
-    return lowered.cost_analysis()["flops"]
+    return step.cost_analysis()["flops"]
 
 
-def count(params: Any) -> int:
-    """Numbers in a pytree of arrays or of their shapes."""
-    return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(params))
+def parameters(p: Plan) -> int:
+    """How many numbers the model learns."""
+    shapes = jax.tree.leaves(jax.eval_shape(p.init).params)
+    return sum(int(np.prod(a.shape)) for a in shapes)
 
 
 def _size(nbytes: float) -> str:

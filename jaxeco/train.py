@@ -278,13 +278,13 @@ def fit(
     try:
         while True:
             scores: dict[str, Any] = {}
-            if step and (step % every_eval == 0 or step == end) and not log.evaluated(step):
+            if step and (step % every_eval == 0 or step >= end) and not log.evaluated(step):
                 report()
                 for split, evaluator in evaluators.items():
                     if found := evaluator(state, stop=lambda: interrupt.signal is not None):
                         log.evaluation(step, split, found)
                         scores |= {f"{split}/{k}": v for k, v in found.items() if np.ndim(v) == 0}
-            done = step == end or interrupt.signal is not None
+            done = step >= end or interrupt.signal is not None
             if done or scores or (step and step % every_save == 0):
                 report()  # so that a State that diverged is never saved
                 checkpoints.save(state, scores, step=step)

@@ -347,6 +347,15 @@ def test_dropout_of_an_example_does_not_depend_on_the_size_of_the_batch():
     np.testing.assert_array_equal(drop(jnp.ones((4, 9))), drop(jnp.ones((12, 9)))[:4])
 
 
+def test_dropout_does_not_see_the_precision():
+    x = jnp.ones((4, 50))
+    with jax.enable_x64(True):
+        double = np.asarray(drop(jnp.ones((4, 50), jnp.float64)))
+    assert double.dtype == np.float64
+    np.testing.assert_allclose(drop(x), double, rtol=1e-6)
+    np.testing.assert_array_equal(drop(x.astype(jnp.bfloat16)) == 0, double == 0)
+
+
 def test_dropout_depends_on_key_and_place():
     class Two(nn.Module):
         @nn.compact

@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 
 from jaxeco import models
+from jaxeco.models.resnet import Block
 
 # Small ones of each kind, with batch normalisation and dropout wherever they can have them.
 SMALL = {
-    "mlp": models.MLP((9, 8), classes=5, activation="gelu", dropout=0.5, batch_norm=True),
+    "mlp": models.MLP((9,), classes=5, activation="gelu", dropout=0.5, batch_norm=True),
     "lenet": models.LeNet(classes=5),
     "cifar_resnet": models.CifarResNet(depth=8, classes=5, width=4),
+}
+EVERY = pytest.mark.parametrize("name", SMALL)
+# Too slow to compile in a test; their blocks are tested by themselves.
+LARGE = {
     "resnet18": models.ResNet(18, classes=5, stem="cifar", width=2),
     "resnet50": models.ResNet(50, classes=5, stem="imagenet", width=2),
 }
-EVERY = pytest.mark.parametrize("name", SMALL)
 
 
 @cache
@@ -27,15 +31,27 @@ def images():
     return np.random.default_rng(0).normal(size=(6, 20, 18, 3)).astype(np.float32)
 
 
+def shapes(model, *shape):
+    """What `init` returns, as shapes and dtypes."""
+    return jax.eval_shape(
+        lambda key: model.init(key, jnp.zeros((1, *shape)), train=False), jax.random.key(0)
+    )
+
+
+def fill(shapes, seed=1):
+    """Random variables of these shapes, away from the special values at which training starts."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape) * (leaf.size / leaf.shape[-1] + 1) ** -0.5
+        return jnp.asarray(noise + (path[-1].key in ("scale", "var")) * 2, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 @cache
 def variables(name):
-    init = jax.jit(lambda key, x: SMALL[name].init(key, x, train=False))
-    start = init(jax.random.key(0), images())
-    # Away from the special values they start from: offsets of 0, scales and variances of 1.
-    leaves, tree = jax.tree.flatten(start)
-    rng = np.random.default_rng(1)
-    leaves = [leaf + 0.1 * rng.random(leaf.shape, np.float32) for leaf in leaves]
-    return jax.tree.unflatten(tree, leaves)
+    return fill(shapes(SMALL[name], *images().shape[1:]))
 
 
 @cache
@@ -43,8 +59,8 @@ def evaluate(name):
     return jax.jit(lambda variables, x: SMALL[name].apply(variables, x, train=False))
 
 
-def train(name, variables, x):
-    return SMALL[name].apply(
+def train(model, variables, x):
+    return model.apply(
         variables,
         x,
         train=True,
@@ -54,10 +70,7 @@ def train(name, variables, x):
 
 
 def parameters(model, *shape):
-    start = jax.eval_shape(
-        lambda key: model.init(key, jnp.zeros((1, *shape)), train=False), jax.random.key(0)
-    )
-    return sum(leaf.size for leaf in jax.tree.leaves(start["params"]))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes(model, *shape)["params"]))
 
 
 # Sizes
@@ -135,12 +148,18 @@ def test_logits(name):
     np.testing.assert_array_equal(y, evaluate(name)(variables(name), images()))
 
 
-@EVERY
-def test_logits_are_float32_though_computed_in_bfloat16(name):
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables(name)["params"])
-    state = {**variables(name), "params": half}
-    y, new = jax.eval_shape(lambda x: train(name, state, x), jnp.asarray(images(), jnp.bfloat16))
-    assert y.dtype == jnp.float32
+@pytest.mark.parametrize("name", SMALL | LARGE)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logits_and_statistics_are_float32_in_whatever_it_computes(name, dtype):
+    model = (SMALL | LARGE)[name]
+
+    def run(key, x):
+        state = model.init(key, x, train=False)
+        half = jax.tree.map(lambda leaf: leaf.astype(dtype), state["params"])
+        return train(model, {**state, "params": half}, x.astype(dtype))
+
+    y, new = jax.eval_shape(run, jax.random.key(0), images())
+    assert (y.shape, y.dtype) == ((6, 5), jnp.float32)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(new))
 
 
@@ -152,39 +171,41 @@ def test_an_example_is_evaluated_without_regard_to_the_others(name):
     np.testing.assert_allclose(shuffled, y[order], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet", "cifar_resnet"])
-def test_compiled_equals_uncompiled_and_float64(name):
+@EVERY
+def test_gradients_compiled_in_float32_equal_float64_uncompiled(name):
     """Outputs and gradients of a training pass, under whatever XLA flags `runtime` has set."""
 
-    def gradients(params, x):
-        rest = {k: v for k, v in variables(name).items() if k != "params"}
-
+    def gradients(state, x):
         def loss(params):
-            y, new = train(name, {**rest, "params": params}, x)
+            y, new = train(SMALL[name], {**state, "params": params}, x)
             return (jnp.sin(y) ** 2).sum(), (y, new)
 
-        return jax.grad(loss, has_aux=True)(params)
+        return jax.grad(loss, has_aux=True)(state["params"])
 
-    params = variables(name)["params"]
-    compiled = jax.jit(gradients)(params, images())
-    uncompiled = gradients(params, images())
+    compiled = jax.jit(gradients)(variables(name), images())
     with jax.enable_x64(True):
-        double = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
-        exact = gradients(double, jnp.asarray(images(), jnp.float64))
-    assert compiled[1][0].dtype == jnp.float32 and exact[1][0].dtype == jnp.float64
-    for one, other, tolerance in [(compiled, uncompiled, 2e-5), (compiled, exact, 5e-5)]:
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-            # Relative to the largest entry: rounding in a sum is relative to its terms.
-            assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1)
+        double = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), variables(name))
+        exact = jax.device_get(gradients(double, jnp.asarray(images(), jnp.float64)))
+    assert exact[1][0].dtype == np.float64
+    for a, b in zip(jax.tree.leaves(compiled), jax.tree.leaves(exact), strict=True):
+        assert a.dtype == jnp.float32
+        # Relative to the largest entry, since a sum is rounded relative to its terms.
+        assert np.abs(np.asarray(a) - b).max() <= 2e-5 * max(np.abs(b).max(), 1)
 
 
-@pytest.mark.parametrize("name", ["lenet", "cifar_resnet"])
-def test_convolution_methods_agree(name):
+@EVERY
+def test_compiled_equals_uncompiled(name):
     y = evaluate(name)(variables(name), images())
-    for method in ("xla", "matmul"):
-        model = SMALL[name].clone(conv=method)
-        again = jax.jit(lambda v, model=model: model.apply(v, images(), train=False))
-        np.testing.assert_allclose(again(variables(name)), y, rtol=1e-5, atol=1e-5)
+    with jax.disable_jit():
+        again = SMALL[name].apply(variables(name), images(), train=False)
+    np.testing.assert_allclose(again, y, rtol=1e-6, atol=1e-6 * np.abs(y).max())
+
+
+@pytest.mark.parametrize(("name", "method"), [("lenet", "xla"), ("cifar_resnet", "matmul")])
+def test_convolution_methods_agree(name, method):
+    model = SMALL[name].clone(conv=method)
+    y = jax.jit(lambda state: model.apply(state, images(), train=False))(variables(name))
+    np.testing.assert_allclose(y, evaluate(name)(variables(name), images()), rtol=1e-5, atol=1e-5)
 
 
 def test_lenet_is_the_articles_network():
@@ -198,7 +219,8 @@ def test_lenet_is_the_articles_network():
     for i, features in enumerate((120, 84, 5)):
         x = nn.Dense(features).apply({"params": p[f"Dense_{i}"]}, x)
         x = nn.relu(x) if i < 2 else x
-    np.testing.assert_allclose(evaluate("lenet")(variables("lenet"), images()), x, atol=1e-5)
+    y = evaluate("lenet")(variables("lenet"), images())
+    np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
 
 
 def test_mlp_without_widths_is_linear():
@@ -222,28 +244,67 @@ def test_mlp_under_a_sweep_over_dropout():
     np.testing.assert_allclose(y[1], run(0.5), rtol=1e-5, atol=1e-6)
 
 
-def test_blocks_start_as_the_identity_with_zero_init():
-    x = images()[..., :1]
-    model = models.CifarResNet(depth=8, classes=5, width=4, zero_init=True)
-    start = model.init(jax.random.key(0), x, train=False)
-    _, state = model.apply(start, x, train=False, capture_intermediates=True)
-    seen = state["intermediates"]
-    stem, first = nn.relu(seen["BatchNorm_0"]["__call__"][0]), seen["Block_0"]["__call__"][0]
-    np.testing.assert_array_equal(first, stem)
-    # The next stage takes every second pixel and adds channels of zeros.
-    second = seen["Block_1"]["__call__"][0]
-    np.testing.assert_array_equal(second[..., :4], first[:, ::2, ::2])
-    np.testing.assert_array_equal(second[..., 4:], 0)
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_block(bottleneck):
+    """Against flax's own layers."""
+    block = Block(2, stride=2, bottleneck=bottleneck, shortcut="project")
+    x = images()[..., :2]
+    state = fill(jax.eval_shape(lambda k: block.init(k, x, train=False), jax.random.key(0)))
+
+    def layer(x, conv, norm, size, stride):
+        params, stats = state["params"], state["batch_stats"]
+        features = params[conv]["kernel"].shape[-1]
+        there = {"use_bias": False, "padding": size // 2}
+        x = nn.Conv(features, (size, size), stride, **there).apply({"params": params[conv]}, x)
+        norms = {"params": params[norm], "batch_stats": stats[norm]}
+        return nn.BatchNorm(use_running_average=True).apply(norms, x)
+
+    y = x
+    for i, (size, stride) in enumerate(
+        [(1, 1), (3, 2), (1, 1)] if bottleneck else [(3, 2), (3, 1)]
+    ):
+        y = layer(nn.relu(y) if i else y, f"Conv_{i}", f"BatchNorm_{i}", size, stride)
+    y = nn.relu(y + layer(x, "project", "project_norm", 1, 2))
+    assert y.shape == (6, 10, 9, 8 if bottleneck else 2)
+    np.testing.assert_allclose(block.apply(state, x, train=False), y, rtol=1e-5, atol=1e-5)
+
+
+def test_block_starts_as_its_shortcut_with_zero_init():
+    x = np.abs(images())
+    for block in (Block(3, zero_init=True), Block(5, stride=2, zero_init=True)):
+        y, _ = block.init_with_output(jax.random.key(0), x, train=True)
+        # "pad" takes every second pixel where the stride is 2 and adds channels of zeros.
+        np.testing.assert_array_equal(y[..., :3], x[:, :: block.stride, :: block.stride])
+        np.testing.assert_array_equal(y[..., 3:], 0)
+
+
+@pytest.mark.parametrize("model", [models.CifarResNet(8), models.ResNet(18, 10, stem="cifar")])
+@pytest.mark.parametrize("zero_init", [False, True])
+def test_zero_init_touches_the_last_norm_of_each_block(model, zero_init):
+    model = dataclasses.replace(model, zero_init=zero_init)
+
+    def scales(key):
+        params = model.init(key, jnp.zeros((1, 32, 32, 3)), train=False)["params"]
+        return params["BatchNorm_0"], params["Block_1"]
+
+    stem, block = jax.jit(scales)(jax.random.key(0))
+    assert (stem["scale"] == 1).all() and (block["BatchNorm_0"]["scale"] == 1).all()
+    assert (block["BatchNorm_1"]["scale"] == (0 if zero_init else 1)).all()
 
 
 # Where they start
 
 
-def kernel(model, layer, shape=(32, 32, 3)):
-    start = model.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False)["params"]
-    for step in layer.split("/"):
-        start = start[step]
-    return np.asarray(start)
+def initial(model, path):
+    """One array of a model's start; compiled alone, the compiler leaves out all the rest."""
+
+    def draw(key):
+        start = model.init(key, jnp.zeros((1, 32, 32, 3)), train=False)["params"]
+        for step in path.split("/"):
+            start = start[step]
+        return start
+
+    return np.asarray(jax.jit(draw)(jax.random.key(0)))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +325,7 @@ def kernel(model, layer, shape=(32, 32, 3)):
     ],
 )
 def test_initial_variance(model, layer, variance):
-    drawn = kernel(model, layer)
+    drawn = initial(model, layer)
     # Five standard errors of a normal sample's variance; those of a uniform one are smaller.
     assert abs(drawn.var() / variance - 1) < 5 * np.sqrt(2 / drawn.size)
     assert abs(drawn.mean()) < 5 * np.sqrt(variance / drawn.size)
@@ -273,10 +334,10 @@ def test_initial_variance(model, layer, variance):
 @pytest.mark.parametrize(("layer", "fan_in"), [("Conv_0", 75), ("Dense_0", 400), ("Dense_2", 84)])
 def test_lenet_draws_biases_too_as_pytorch_does(layer, fan_in):
     for part in ("kernel", "bias"):
-        drawn = kernel(models.LeNet(), f"{layer}/{part}") * np.sqrt(fan_in)
+        drawn = initial(models.LeNet(), f"{layer}/{part}") * np.sqrt(fan_in)
         assert (np.abs(drawn) <= 1).all()
         assert np.abs(drawn).max() > 0.5
-    assert not kernel(models.LeNet(initial="he"), f"{layer}/bias").any()
+    assert not initial(models.LeNet(initial="he"), f"{layer}/bias").any()
 
 
 # What they refuse

@@ -4,8 +4,9 @@ A model's fields are its whole configuration, and it is called as
 `model.apply(variables, x, train=..., rngs={"dropout": key})`.
 """
 
+from jaxeco.models.cifar import CifarNet
 from jaxeco.models.lenet import LeNet
 from jaxeco.models.mlp import MLP
 from jaxeco.models.resnet import CifarResNet, ResNet
 
-__all__ = ["MLP", "CifarResNet", "LeNet", "ResNet"]
+__all__ = ["MLP", "CifarNet", "CifarResNet", "LeNet", "ResNet"]

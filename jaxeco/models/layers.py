@@ -262,5 +262,6 @@ class Dropout(nn.Module):
             return x
         keep = 1 - self.rate
         keys_B = axes.example_keys(self.make_rng("dropout"), x.shape[0])
-        kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(keys_B)
-        return jnp.where(kept, x / jnp.asarray(keep, x.dtype), 0)
+        # In float32 whatever x is, so that the mask does not depend on the precision of a run.
+        draw = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], jnp.float32))
+        return jnp.where(draw(keys_B) < keep, x / jnp.asarray(keep, x.dtype), 0)

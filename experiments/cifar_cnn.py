@@ -1,0 +1,48 @@
+"""A small fast convolutional network on CIFAR-10, after airbench (Jordan 2024), sized for a CPU.
+
+CLAIM
+"""
+
+from jaxeco import data, losses, metrics, models, optim, schedules
+from jaxeco.experiment import Epochs, Experiment, Steps
+
+
+def experiment(
+    lr: float = 0.12,  # of Muon, for the filters; falls linearly to 0
+    head_lr: float = 0.005,  # of Nesterov momentum, for the last layer
+    bias_lr: float = 26.0,  # of Nesterov momentum, for the biases
+    width: int = 64,  # channels of the first group
+    batch: int = 500,  # examples a step
+    epochs: float = 8,  # passes over the 50,000 training images
+    label_smoothing: float = 0.2,
+) -> Experiment:
+    def nesterov(lr: float) -> optim.Momentum:
+        return optim.Momentum(schedules.Linear(lr), momentum=0.85, nesterov=True)
+
+    return Experiment(
+        name="cifar_cnn",
+        train=data.Tfds("cifar10", split="train"),
+        evals={"test": data.Tfds("cifar10", split="test")},
+        preprocess=(data.Normalize(mean=(0.4914, 0.4822, 0.4465), sd=(0.2470, 0.2435, 0.2616)),),
+        augment=(data.Flip(), data.Crop(2, mode="reflect")),
+        model=models.CifarNet(classes=10, width=width),
+        loss=losses.SoftmaxCrossEntropy(label_smoothing=label_smoothing),
+        eval_loss=losses.SoftmaxCrossEntropy(),
+        metrics=(metrics.Accuracy(),),
+        eval_metrics=(metrics.TopK(5), metrics.PerClassAccuracy(10), metrics.ConfusionMatrix(10)),
+        optimizer=optim.Muon(
+            schedules.Linear(lr),
+            momentum=0.6,
+            ns_steps=3,
+            fixed_norm=True,
+            matrices="(stem|Conv_.*)/kernel",
+            rest=optim.Partition(
+                (("head/kernel", nesterov(head_lr)), (".*/bias", nesterov(bias_lr)))
+            ),
+        ),
+        batch=batch,
+        length=Epochs(epochs),
+        eval_every=Epochs(2),
+        log_every=Steps(20),
+        best="test/accuracy",
+    )
