@@ -34,9 +34,9 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
     """
     ex = loaded.experiment
     folder = folders.choose(ex.name, workdir, resume)
+    p = plan(ex)
+    step = traced(p)
     with folders.locked(folder):
-        p = plan(ex)
-        step = traced(p)
         minimise = ex.best is not None and ex.best.startswith("-")
         with Checkpoints(
             folder / "checkpoints",
