@@ -271,25 +271,28 @@ def test_block(bottleneck):
 
 def test_block_starts_as_its_shortcut_with_zero_init():
     x = np.abs(images())
-    for block in (Block(3, zero_init=True), Block(5, stride=2, zero_init=True)):
-        y, _ = block.init_with_output(jax.random.key(0), x, train=True)
-        # "pad" takes every second pixel where the stride is 2 and adds channels of zeros.
-        np.testing.assert_array_equal(y[..., :3], x[:, :: block.stride, :: block.stride])
-        np.testing.assert_array_equal(y[..., 3:], 0)
+    block = Block(5, stride=2, zero_init=True)
+    init = jax.jit(lambda key, x: block.init_with_output(key, x, train=True)[0])
+    y = init(jax.random.key(0), x)
+    # "pad" takes every second pixel where the stride is 2 and adds channels of zeros.
+    np.testing.assert_array_equal(y[..., :3], x[:, ::2, ::2])
+    np.testing.assert_array_equal(y[..., 3:], 0)
 
 
-@pytest.mark.parametrize("model", [models.CifarResNet(8), models.ResNet(18, 10, stem="cifar")])
-@pytest.mark.parametrize("zero_init", [False, True])
-def test_zero_init_touches_the_last_norm_of_each_block(model, zero_init):
-    model = dataclasses.replace(model, zero_init=zero_init)
-
+@pytest.mark.parametrize("model", [models.CifarResNet, models.ResNet])
+def test_zero_init_touches_the_last_norm_of_each_block(model):
     def scales(key):
-        params = model.init(key, jnp.zeros((1, 32, 32, 3)), train=False)["params"]
-        return params["BatchNorm_0"], params["Block_1"]
+        x = jnp.zeros((1, 32, 32, 3))
+        off = model(width=2).init(key, x, train=False)["params"]
+        on = model(width=2, zero_init=True).init(key, x, train=False)["params"]
+        return (
+            off["Block_1"]["BatchNorm_1"],
+            on["Block_1"]["BatchNorm_0"],
+            on["Block_1"]["BatchNorm_1"],
+        )
 
-    stem, block = jax.jit(scales)(jax.random.key(0))
-    assert (stem["scale"] == 1).all() and (block["BatchNorm_0"]["scale"] == 1).all()
-    assert (block["BatchNorm_1"]["scale"] == (0 if zero_init else 1)).all()
+    off, inner, last = jax.jit(scales)(jax.random.key(0))
+    assert (off["scale"] == 1).all() and (inner["scale"] == 1).all() and (last["scale"] == 0).all()
 
 
 # Where they start
@@ -311,16 +314,14 @@ def initial(model, path):
     ("model", "layer", "variance"),
     [
         (models.MLP((300,), activation="relu"), "Dense_0/kernel", 2 / 3072),
-        (models.MLP((300,), activation="gelu"), "Dense_0/kernel", 2 / 3072),
         (models.MLP((300,), activation="tanh"), "Dense_0/kernel", 2 / (3072 + 300)),
-        (models.MLP((300,), activation="sigmoid"), "Dense_0/kernel", 2 / (3072 + 300)),
         # U(±b) has variance b²/3.
         (models.LeNet(), "Dense_0/kernel", 1 / 400 / 3),
         (models.LeNet(), "Conv_1/kernel", 1 / 150 / 3),
         (models.LeNet(initial="he"), "Dense_0/kernel", 2 / 400),
         (models.LeNet(initial="glorot"), "Dense_0/kernel", 2 / (400 + 120)),
-        (models.CifarResNet(20), "Block_8/Conv_1/kernel", 2 / (9 * 64)),
-        (models.CifarResNet(20), "Block_6/Conv_0/kernel", 2 / (9 * 64)),  # 32 -> 64: fan-out
+        # From 32 to 64 features: fan-out.
+        (models.CifarResNet(8), "Block_2/Conv_0/kernel", 2 / (9 * 64)),
         (models.ResNet(18, 100, stem="cifar", width=16), "Dense_0/kernel", 1e-4),
     ],
 )
@@ -331,12 +332,11 @@ def test_initial_variance(model, layer, variance):
     assert abs(drawn.mean()) < 5 * np.sqrt(variance / drawn.size)
 
 
-@pytest.mark.parametrize(("layer", "fan_in"), [("Conv_0", 75), ("Dense_0", 400), ("Dense_2", 84)])
+@pytest.mark.parametrize(("layer", "fan_in"), [("Conv_0", 75), ("Dense_2", 84)])
 def test_lenet_draws_biases_too_as_pytorch_does(layer, fan_in):
-    for part in ("kernel", "bias"):
-        drawn = initial(models.LeNet(), f"{layer}/{part}") * np.sqrt(fan_in)
-        assert (np.abs(drawn) <= 1).all()
-        assert np.abs(drawn).max() > 0.5
+    drawn = initial(models.LeNet(), f"{layer}/bias") * np.sqrt(fan_in)
+    assert (np.abs(drawn) <= 1).all()
+    assert np.abs(drawn).max() > 0.5 and len(np.unique(drawn)) == len(drawn)
     assert not initial(models.LeNet(initial="he"), f"{layer}/bias").any()
 
 

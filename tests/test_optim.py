@@ -269,6 +269,19 @@ def test_muon_with_consistent_size():
     assert float(jnp.sqrt(jnp.mean(got**2))) == pytest.approx(0.2, rel=0.2)  # AdamW's size
 
 
+def test_muon_with_fixed_norm():
+    rng = np.random.default_rng(0)
+    params, *grads = ({"kernel": rng.normal(size=(3, 3, 4, 8))} for _ in range(3))
+    plain = train(Muon(LR, rest=Adam(LR)), params, grads)
+    got = train(Muon(LR, rest=Adam(LR), fixed_norm=True), params, grads)
+    w, plain_before = params["kernel"], params["kernel"]
+    for t in range(2):
+        update = plain[t]["kernel"] - plain_before  # does not depend on w: no decay, no penalty
+        w = w * np.sqrt(8) / np.sqrt((w**2).sum()) + update
+        np.testing.assert_allclose(got[t]["kernel"], w, rtol=1e-4, atol=1e-5)
+        plain_before = plain[t]["kernel"]
+
+
 def test_muon_needs_a_matrix():
     tx = Muon(LR, rest=Adam(LR)).build(10)
     with pytest.raises(ValueError, match="there are a/bias, b/weight"):

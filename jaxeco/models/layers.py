@@ -187,13 +187,12 @@ def _convolve_by_matmul(
 ) -> jax.Array:
     i, j, _, f = kernel_IxJxCxF.shape
     x_BxHxWxC = jnp.pad(x_BxHxWxC, ((0, 0), *pads, (0, 0)))
-    # The first row and column from which a patch would stick out.
+    # The first row and column at which a patch would stick out.
     h, w = x_BxHxWxC.shape[1] - i + 1, x_BxHxWxC.shape[2] - j + 1
-    # Columns first, then rows of those: I + J slices to copy instead of I·J.
-    columns = [x_BxHxWxC[:, :, column : column + w : stride] for column in range(j)]
-    x_BxHxWxJC = jnp.concatenate(columns, axis=-1)
-    rows = [x_BxHxWxJC[:, row : row + h : stride] for row in range(i)]
-    return jnp.concatenate(rows, axis=-1) @ kernel_IxJxCxF.reshape(-1, f)
+    # First along rows, then along columns: I + J slices, where one after another would be I·J.
+    x_BxHxWxJC = jnp.concatenate([x_BxHxWxC[:, :, c : c + w : stride] for c in range(j)], axis=-1)
+    x_BxHxWxIJC = jnp.concatenate([x_BxHxWxJC[:, r : r + h : stride] for r in range(i)], axis=-1)
+    return x_BxHxWxIJC @ kernel_IxJxCxF.reshape(-1, f)
 
 
 class BatchNorm(nn.Module):

@@ -28,7 +28,27 @@ class LeNet(nn.Module):
         return nn.Dense(10)(x)
 
 
-WORKLOADS = {"lenet": (LeNet(), optax.sgd(0.001, 0.9), 4, 50)}  # model, optimizer, batch, steps
+class CifarNet(nn.Module):
+    """The network of experiments/cifar_cnn.py."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.gelu(nn.Conv(32, (4, 4), (2, 2), padding=1)(x))
+        for width, pool in ((64, True), (128, True), (128, False)):
+            for first in (True, False):
+                x = nn.Conv(width, (3, 3), use_bias=False)(x)
+                if first and pool:
+                    x = nn.max_pool(x, (2, 2), strides=(2, 2))
+                norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, use_scale=False)
+                x = nn.gelu(norm(x))
+        return nn.Dense(10, use_bias=False)(x.max((1, 2)))
+
+
+# model, optimizer, batch, steps between two waits
+WORKLOADS = {
+    "lenet": (LeNet(), optax.sgd(0.001, 0.9), 4, 50),
+    "cifar_cnn": (CifarNet(), optax.sgd(0.1, 0.9, nesterov=True), 500, 1),
+}
 
 
 def main(workload: str) -> None:
