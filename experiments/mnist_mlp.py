@@ -10,7 +10,7 @@ from jaxeco.experiment import Epochs, Experiment, Steps
 def experiment(
     lr: float = 1e-3,  # Adam's learning rate, constant
     widths: tuple[int, ...] = (256, 128),  # hidden layers
-    activation: str = "relu",  # relu, sigmoid, tanh or gelu
+    activation: models.Activation = "relu",
     dropout: float = 0.0,  # share of hidden units silenced in training
     batch: int = 128,  # examples a step
     epochs: float = 5,  # passes over the 60,000 training images

@@ -166,11 +166,21 @@ def describe(value: Any) -> Any:
         return [describe(v) for v in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, functools.partial):
+        arguments = {"args": describe(value.args), "keywords": describe(value.keywords)}
+        return {"type": "partial", "function": describe(value.func), **arguments}
+    if hasattr(value, "__qualname__"):  # a class or a function, which may hold values of its own
+        name = f"{value.__module__}.{value.__qualname__}"
+        held = inspect.getclosurevars(value).nonlocals if inspect.isfunction(value) else {}
+        return {"type": name, **describe(held)} if held else name
     if hasattr(value, "tobytes"):
         return f"array {value.shape} sha256 {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
-    return repr(value)
+    if " at 0x" in (text := repr(value)):
+        raise UserError(
+            f"{text} cannot be described, so that a checkpoint could not tell whether it is the"
+            " same; make it a function or a frozen dataclass"
+        )
+    return text
 
 
 def flatten(description: Any, prefix: str = "") -> dict[str, Any]:
@@ -255,11 +265,18 @@ def _function(path: Path) -> tuple[str, typing.Callable[..., Any]]:
 
 
 def _guarded(path: Path, call: typing.Callable[[], Any]) -> Any:
-    """Calls; what the experiment file got wrong becomes one line with its place."""
+    """Calls; what the experiment file got wrong becomes one line with its place.
+
+    That includes what components say of their fields, as ValueError. Any other error that comes
+    from within jaxeco is a bug of ours, and keeps its traceback.
+    """
     try:
         return call()
     except (ValueError, TypeError, NameError, AttributeError, ImportError) as error:
         frames = traceback.extract_tb(error.__traceback__)
+        ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+        if ours and not isinstance(error, ValueError):
+            raise
         lines = [f.lineno for f in frames if f.filename == str(path)]
         place = f"{path}:{lines[-1]}" if lines else str(path)
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "

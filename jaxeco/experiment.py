@@ -54,10 +54,10 @@ FREE = {"identity": False}
 class Experiment:
     """Everything a run depends on; with `seed` it determines every bit of the result."""
 
-    name: str  # names the run's folder: runs/<name>
+    name: str = field(metadata=FREE)  # names the run's folder: runs/<name>
     seed: int = 0  # of initialisation, data order, augmentation and dropout
 
-    train: Source  # what is learnt from
+    train: Source = field(metadata=FREE)  # what is learnt from; a checkpoint keeps its fingerprint
     evals: Mapping[str, Source] = field(metadata=FREE)  # what is measured on, by name
     preprocess: tuple[Callable[[dict], dict], ...] = ()  # on every batch, in the compiled step
     augment: tuple[Callable[[Any, dict], dict], ...] = ()  # then, in training: (keys_B, batch)
@@ -84,9 +84,9 @@ class Experiment:
     eval_every: Epochs | Steps = field(default=Epochs(1), metadata=FREE)
     save_every: Epochs | Steps = field(default=Epochs(1), metadata=FREE)
     log_every: Epochs | Steps = field(default=Steps(50), metadata=FREE)
-    keep: int = field(default=2, metadata=FREE)  # newest checkpoints that stay,
-    # and the one where this was highest, such as "test/accuracy"; "-test/loss" for the lowest
-    best: str | None = field(default=None, metadata=FREE)
+    keep: int = field(default=2, metadata=FREE)  # newest checkpoints that stay
+    best: str | None = field(default=None, metadata=FREE)  # and the best by, say, "test/accuracy"
+    best_mode: Literal["max", "min"] = field(default="max", metadata=FREE)
 
     def __post_init__(self) -> None:
         for name in ("batch", "grad_accum", "steps_per_call", "eval_batch", "keep"):
@@ -99,6 +99,7 @@ class Experiment:
         for name, allowed in (
             ("precision", ("float32", "bfloat16")),
             ("parallel", ("jit", "shard_map", "pmap")),
+            ("best_mode", ("max", "min")),
         ):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
@@ -106,10 +107,15 @@ class Experiment:
             raise ValueError(f"seed={self.seed}: expected 0 <= seed < 2**32")
         if not self.name or "/" in self.name:
             raise ValueError(f"name={self.name!r}: expected a folder's name")
-        if self.best and self.best.lstrip("-").split("/")[0] not in self.evals:
-            raise ValueError(
-                f"best={self.best!r}: expected SPLIT/METRIC with a split of {', '.join(self.evals)}"
-            )
+        if self.best is not None:
+            names = ("loss", *(m.name for m in (*self.metrics, *self.eval_metrics)))
+            known = [f"{split}/{name}" for split in self.evals for name in names]
+            if self.best not in known:
+                raise ValueError(f"best={self.best!r}: expected one of {', '.join(known)}")
+
+    @property
+    def resident_bytes(self) -> int:
+        return int(self.resident_gib * 2**30)
 
 
 IDENTITY = tuple(f.name for f in fields(Experiment) if f.metadata.get("identity", True))

@@ -71,7 +71,7 @@ class Log:
         self._began = time.monotonic() - max((line["time"] for line in earlier), default=0.0)
         self._events = _events(self.path.parent / "tensorboard", first_step, tensorboard)
         self._live = _Live(self._stream, total_steps) if _is_terminal(self._stream) else None
-        self._evaluated = {line["step"] for line in earlier if line["split"] != "train"}
+        self._evaluated = {(line["step"], line["split"]) for line in earlier}
         self._printed = -math.inf
         self._mark: tuple[int, float] | None = None  # where the present stretch of training began
         self._start: tuple[int, float] | None = None  # where training began, once compiled
@@ -119,14 +119,14 @@ class Log:
     def evaluation(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Records an exact evaluation. Lists and matrices go to the file only."""
         self._write(step, split, values)
-        self._evaluated.add(step)
+        self._evaluated.add((step, split))
         shown = [f"{split} at step {step:,}", *_fields(values)]
         self._print(_fit(shown))
         self.mark(step)
 
-    def evaluated(self, step: int) -> bool:
-        """Whether an evaluation at this step is on record, in this session or an earlier one."""
-        return step in self._evaluated
+    def evaluated(self, step: int, split: str) -> bool:
+        """Whether an evaluation of `split` at this step is on record, of whatever session."""
+        return (step, split) in self._evaluated
 
     def note(self, text: str) -> None:
         """Says something in passing."""

@@ -69,6 +69,10 @@ class Metric(ABC):
     def name(self) -> str:
         """What logs and plots call it."""
 
+    def result(self, sums: Mean) -> Any:
+        """What sums over all examples come to, on the host; total / weight unless it says else."""
+        return sums.value()
+
     @abstractmethod
     def __call__(self, outputs: jax.Array, y: jax.Array, mask: jax.Array) -> Mean:
         """Sums over the examples that count.
@@ -150,7 +154,8 @@ class ConfusionMatrix(Metric):
 
     total, [K, K]: the number of examples of true class (row) that are given a class (column).
     weight, [K, 1]: the number of examples of the true class, that is the sum of the row. So the
-    value has rows that sum to 1, recalls on its diagonal, and NaN for a class without examples.
+    value has rows that sum to 1, recalls on its diagonal, and NaN for a class without examples;
+    the result is the counts.
     """
 
     classes: int
@@ -158,6 +163,10 @@ class ConfusionMatrix(Metric):
     @property
     def name(self) -> str:
         return "confusion_matrix"
+
+    def result(self, sums: Mean) -> np.ndarray:
+        """Counts, int[K, K]."""
+        return np.rint(np.asarray(sums.total)).astype(np.int64)
 
     def __call__(self, outputs: jax.Array, y: jax.Array, mask: jax.Array) -> Mean:
         _check_classes(self, outputs)

@@ -30,9 +30,10 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 def check_batch(name: str, batch: int, mesh: Mesh, grad_accum: int = 1) -> None:
     """Raises UserError unless every device gets the same number of examples."""
-    share = mesh.size * grad_accum
+    devices = mesh.shape[AXIS]
+    share = devices * grad_accum
     if batch % share:
-        by = f"{mesh.size} devices"
+        by = f"{devices} devices"
         if grad_accum > 1:
             by += f" x grad_accum={grad_accum} = {share}"
         below = batch // share * share
@@ -83,6 +84,7 @@ def compiled(function: Function, how: str, mesh: Mesh, donate: bool) -> Function
             in_axes=(None, None, 1),
             out_axes=None,
             devices=list(mesh.devices.flat),
+            donate_argnums=donated,
         )
 
         def by_device(a: np.ndarray) -> np.ndarray:

@@ -1,35 +1,22 @@
 """Runs an experiment: python -m jaxeco.run experiments/cifar_cnn.py [key=value ...] [options]"""
 
 import argparse
-import sys
-import warnings
 from pathlib import Path
-from typing import NoReturn
 
-from jaxeco import config, runtime
-from jaxeco.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m jaxeco.run --help")
+from jaxeco import command, config
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = Parser(
+    parser = command.Parser(
         prog="python -m jaxeco.run", description=__doc__, add_help=False, allow_abbrev=False
     )
     add = parser.add_argument
     add("file", nargs="?", type=Path, help="the experiment, such as experiments/digits_mlp.py")
     add("assignments", nargs="*", metavar="key=value", help="its arguments, or fields: lr=0.1")
     add("--workdir", type=Path, help="where the run goes (default: runs/<name>, or <name>-2, ...)")
-    add(
-        "--resume", action="store_true", help="continue from the newest checkpoint, if there is one"
-    )
+    add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--steps", type=int, help="stop after this step; --resume goes on from there")
-    add(
-        "--dry-run", action="store_true", help="show the resolved experiment and its cost, and stop"
-    )
+    add("--dry-run", action="store_true", help="show the resolved experiment and its cost only")
     add("-h", "--help", action="store_true", help="with FILE: the experiment's arguments")
     options = parser.parse_intermixed_args(words)
     if options.help and options.file is None:
@@ -57,14 +44,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    runtime.configure()
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        status = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = error.status
-    except KeyboardInterrupt:
-        print("interrupted before training; nothing was saved", file=sys.stderr)
-        status = 130
-    sys.exit(status)
+    command.start(main)

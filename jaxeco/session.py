@@ -15,11 +15,12 @@ from jaxeco.checkpoint import Checkpoints
 from jaxeco.config import Loaded, describe, flatten
 from jaxeco.data.dataset import Dataset
 from jaxeco.errors import UserError
-from jaxeco.evaluate import predict
 from jaxeco.experiment import IDENTITY
+from jaxeco.fit import Diverged, Plan, fit, plan
+from jaxeco.forward import predict
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics
-from jaxeco.train import Diverged, Plan, State, fit, plan
+from jaxeco.train import State
 
 Row = Sequence[str]
 PACE = ("time", "learning_rate", "examples_per_second")  # in the log, but no result
@@ -37,16 +38,15 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
     p = plan(ex)
     step = traced(p)
     with folders.locked(folder):
-        minimise = ex.best is not None and ex.best.startswith("-")
         with Checkpoints(
             folder / "checkpoints",
             description=identity(p),
             keep=ex.keep,
-            best=ex.best.lstrip("-") if ex.best else None,
-            best_mode="min" if minimise else "max",
+            best=ex.best,
+            best_mode=ex.best_mode,
         ) as checkpoints:
             found = checkpoints.restore(p.abstract_state()) if resume else None
-            state, first = found or (p.place(jax.jit(p.init)()), 0)
+            state, first = found or (p.start(), 0)
             folders.record(folder, loaded, first_step=first, **environment(p))
             with Log(
                 folder, total_steps=p.steps, first_step=first, examples_per_step=ex.batch
@@ -111,7 +111,13 @@ def environment(p: Plan) -> dict[str, Any]:
     return {
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in p.mesh.devices.flat],
         "data": {
-            name: {"name": data.name, "examples": len(data), "fingerprint": data.fingerprint}
+            name: {
+                "name": data.name,
+                "examples": len(data),
+                "fingerprint": data.fingerprint,
+                "classes": list(data.classes),
+                "fields": {k: f"{f.dtype}{list(f.shape[1:])}" for k, f in data.fields.items()},
+            }
             for name, data in {"train": p.train, **p.evals}.items()
         },
     }
@@ -171,10 +177,7 @@ def finish(p: Plan, state: State, folder: Path, log: Log) -> None:
     for i, (split, data) in enumerate(p.evals.items()):
         suffix = f"-{split}" if i else ""
         if split in final and "confusion_matrix" in final[split]:
-            labels_N = data.fields["y"][np.arange(len(data))]
-            shares_KxK = np.nan_to_num(final[split]["confusion_matrix"])
-            of_class_K = np.bincount(labels_N, minlength=len(shares_KxK))
-            counts_KxK = np.rint(shares_KxK * of_class_K[:, None]).astype(int)
+            counts_KxK = np.array(final[split]["confusion_matrix"])
             plots.confusion(counts_KxK, data.classes, folder / f"confusion{suffix}.png")
         if len(shape := data.fields["x"].shape) == 4 and shape[-1] in (1, 3) and data.classes:
             examples(p, state, data, folder / f"examples{suffix}.png")
@@ -183,11 +186,13 @@ def finish(p: Plan, state: State, folder: Path, log: Log) -> None:
 def examples(p: Plan, state: State, data: Dataset, path: Path) -> None:
     """The first images of a split, with what the model makes of them."""
     batch = {name: field[np.arange(min(36, len(data)))] for name, field in data.fields.items()}
-    model = jax.device_get((state.params, state.variables))
-    chances_NxK = np.asarray(jax.nn.softmax(jax.jit(partial(predict, p.ex))(model, batch)))
+    params, variables = jax.device_get((state.params, state.variables))
+    outputs_NxK = jax.jit(partial(predict, p.ex))(params, variables, batch)
+    chances_NxK = np.asarray(jax.nn.softmax(outputs_NxK))
     said_N, chance_N = chances_NxK.argmax(-1), chances_NxK.max(-1)
+    truth_N = batch["y"] if batch["y"].ndim == 1 else batch["y"].argmax(-1)
     x_NxHxWxC = np.asarray(batch["x"], np.float32)  # as floats they are shown from black to white
-    plots.examples(x_NxHxWxC, batch["y"], said_N, chance_N, data.classes, path)
+    plots.examples(x_NxHxWxC, truth_N, said_N, chance_N, data.classes, path)
 
 
 def flops(step: Any) -> float:

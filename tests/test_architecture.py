@@ -10,9 +10,10 @@ PACKAGE = Path(__file__).parent.parent / "jaxeco"
 # From top to bottom. A module may import from the floors below its own.
 FLOORS = [
     ["run"],
-    ["session"],
-    ["train"],
-    ["parallel", "evaluate", "checkpoint", "log", "plots", "folder", "interrupt"],
+    ["session", "command"],
+    ["fit"],
+    ["evaluate", "train"],
+    ["forward", "parallel", "checkpoint", "log", "plots", "folder", "interrupt"],
     ["config"],
     ["experiment"],
     ["optim", "data", "models", "losses"],

@@ -1,5 +1,6 @@
 """Experiment files: loading, arguments, overrides, descriptions, and what a mistake says."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,26 @@ def test_a_description_is_plain_and_its_paths_can_be_overridden(file: Path) -> N
     assert "model.parent" not in flat
     same = config.load(file, ["model.widths=8,4", "optimizer.lr.peak=0.1"]).experiment
     assert config.describe(same) == description
+
+
+def scale(x: float, by: float) -> float:
+    return x * by
+
+
+def maker(by: float):  # type: ignore[no-untyped-def]
+    return lambda x: x * by
+
+
+def test_functions_are_described_with_what_they_hold() -> None:
+    def described(value: object) -> object:
+        return config.describe({"function": value})
+
+    assert described(partial(scale, by=2.0)) == described(partial(scale, by=2.0))
+    assert described(partial(scale, by=2.0)) != described(partial(scale, by=3.0))
+    assert described(maker(2.0)) == described(maker(2.0))
+    assert described(maker(2.0)) != described(maker(3.0))
+    with pytest.raises(UserError, match="cannot be described"):
+        described(object())
 
 
 def test_help_shows_types_defaults_and_comments(file: Path) -> None:

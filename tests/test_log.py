@@ -89,12 +89,12 @@ def test_an_evaluation_done_again_replaces_the_earlier(tmp_path):
 def test_evaluations_on_record_are_known_after_a_restart(tmp_path):
     with make(tmp_path) as log:
         log.train(10, {"loss": 1.0})
-        assert not log.evaluated(10)
+        assert not log.evaluated(10, "test")
         for step in (10, 20):
             log.evaluation(step, "test", {"loss": 1.0})
-            assert log.evaluated(step)
+            assert log.evaluated(step, "test")
     with make(tmp_path, first_step=10) as log:
-        assert log.evaluated(10) and not log.evaluated(20)
+        assert log.evaluated(10, "test") and not log.evaluated(20, "test")
 
 
 def test_lines_that_are_not_of_a_log_are_passed_over(tmp_path):

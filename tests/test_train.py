@@ -1,7 +1,6 @@
 """The train step and the loop, by their properties."""
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxeco import data, losses, metrics, models, optim, parallel
+from jaxeco import data, losses, metrics, models, optim
 from jaxeco.checkpoint import Checkpoints
-from jaxeco.data.pipeline import Feed, assemble
+from jaxeco.data.pipeline import assemble
 from jaxeco.errors import UserError
 from jaxeco.experiment import Epochs, Experiment, Steps
+from jaxeco.fit import Diverged, Plan, fit, plan
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics
-from jaxeco.train import Diverged, Plan, State, fit, many_steps, plan
+from jaxeco.train import State
 
 rng = np.random.default_rng(0)
 X = rng.integers(0, 256, (100, 8, 8, 3)).astype(np.uint8)
@@ -48,9 +48,8 @@ def experiment(**changes: Any) -> Experiment:
 
 def run_steps(p: Plan, n: int, calls: int = 1) -> tuple[State, np.ndarray]:
     """n steps in `calls` calls; returns the State and the mean loss of each step."""
-    call = parallel.compiled(partial(many_steps, p.step), p.ex.parallel, p.mesh, donate=True)
-    feed = Feed.training(p.train, p.ex.batch, p.ex.seed, **p.feeding(p.train))
-    state, history = p.place(p.init()), []
+    call, feed = p.compiled(), p.feed()
+    state, history = p.start(), []
     for i in range(calls):
         state, sums = call(state, feed.resident, feed.fed(i * (n // calls), n // calls))
         history.append(sums["loss"].total / sums["loss"].weight)
@@ -180,7 +179,7 @@ def train(folder: Path, ex: Experiment, stop_at: int | None = None) -> State:
     """One session in `folder`, resumed if there is something to resume."""
     p = plan(ex, jax.devices()[:2])
     with Interrupt() as interrupt, Checkpoints(folder / "checkpoints", description={}) as saved:
-        state, step = saved.restore(p.abstract_state()) or (p.place(p.init()), 0)
+        state, step = saved.restore(p.abstract_state()) or (p.start(), 0)
         with Log(folder, total_steps=p.steps, first_step=step, examples_per_step=ex.batch) as log:
             return fit(p, state, saved, log, interrupt, stop_at)
 

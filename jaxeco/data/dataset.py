@@ -36,6 +36,8 @@ class Dataset:
     fingerprint: str
 
     def __post_init__(self) -> None:
+        if reserved := {"index", "mask"} & self.fields.keys():
+            raise ValueError(f"{self.name}: a field is called {reserved.pop()!r}, a reserved name")
         sizes = {name: field.shape[0] for name, field in self.fields.items()}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"{self.name}: fields differ in their number of examples: {sizes}")

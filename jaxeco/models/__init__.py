@@ -5,8 +5,20 @@ A model's fields are its whole configuration, and it is called as
 """
 
 from jaxeco.models.cifar import CifarNet
+from jaxeco.models.layers import Activation, BatchNorm, Conv, Dropout, max_pool
 from jaxeco.models.lenet import LeNet
 from jaxeco.models.mlp import MLP
 from jaxeco.models.resnet import CifarResNet, ResNet
 
-__all__ = ["MLP", "CifarNet", "CifarResNet", "LeNet", "ResNet"]
+__all__ = [
+    "MLP",
+    "Activation",
+    "BatchNorm",
+    "CifarNet",
+    "CifarResNet",
+    "Conv",
+    "Dropout",
+    "LeNet",
+    "ResNet",
+    "max_pool",
+]

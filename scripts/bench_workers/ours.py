@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from functools import partial
 
 import numpy as np
 from serve import serve
@@ -13,9 +12,8 @@ runtime.configure()
 
 import jax
 
-from jaxeco import data, parallel
-from jaxeco.data.pipeline import Feed
-from jaxeco.train import many_steps, plan
+from jaxeco import data
+from jaxeco.fit import plan
 
 FILES = {"lenet": "experiments/cifar_lenet.py", "cifar_cnn": "experiments/cifar_cnn.py"}
 
@@ -26,9 +24,8 @@ def main(workload: str) -> None:
     x = noise.integers(0, 256, (10_000, 32, 32, 3)).astype(np.uint8)
     y = noise.integers(0, 10, 10_000).astype(np.int32)
     p = plan(dataclasses.replace(ex, train=data.Arrays(x, y), evals={}, best=None))
-    call = parallel.compiled(partial(many_steps, p.step), ex.parallel, p.mesh, donate=True)
-    feed = Feed.training(p.train, ex.batch, ex.seed, **p.feeding(p.train))
-    n, step, state = ex.steps_per_call, 0, p.place(p.init())
+    call, feed = p.compiled(), p.feed()
+    n, step, state = ex.steps_per_call, 0, p.start()
 
     def train() -> int:
         nonlocal step, state

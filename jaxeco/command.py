@@ -1,0 +1,36 @@
+"""How every command of jaxeco starts and ends: JAX's settings before, an exit status after."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+from jaxeco import runtime
+from jaxeco.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as a UserError, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def start(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs `main` on the words of the command line and exits with the status it returns.
+
+    A UserError becomes one line on standard error and its own status; Ctrl-C, where nothing handles
+    it, status 130; any other exception is a bug and keeps its traceback.
+    """
+    runtime.configure()
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = error.status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)

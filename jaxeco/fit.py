@@ -1,0 +1,206 @@
+"""A run: its plan, which opens the data and builds the parts, and the loop that carries it out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxeco import parallel
+from jaxeco.checkpoint import Checkpoints
+from jaxeco.data.dataset import Dataset
+from jaxeco.data.pipeline import Feed, fits
+from jaxeco.errors import RunFailed, UserError
+from jaxeco.evaluate import Evaluator
+from jaxeco.experiment import Experiment
+from jaxeco.forward import Sums, results
+from jaxeco.interrupt import Interrupt
+from jaxeco.log import Log
+from jaxeco.train import State, init, many_steps, train_step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment with its data opened and its parts built: a run without its State."""
+
+    ex: Experiment
+    train: Dataset
+    evals: dict[str, Dataset]
+    mesh: Mesh
+    steps_per_epoch: int
+    steps: int  # of the whole run
+    tx: optax.GradientTransformation
+
+    def batch(self, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch as the step is given it."""
+        shapes = {
+            name: jax.ShapeDtypeStruct(
+                (examples, *field.shape[1:]), jax.dtypes.canonicalize_dtype(field.dtype)
+            )
+            for name, field in self.train.fields.items()
+        }
+        return shapes | {"mask": jax.ShapeDtypeStruct((examples,), jnp.float32)}
+
+    def init(self) -> State:
+        """The State before step 0. Pure: it may be compiled, or only traced for its shapes."""
+        one = {name: jnp.zeros(s.shape, s.dtype) for name, s in self.batch(1).items()}
+        return init(self.ex, self.tx, jax.random.key(self.ex.seed), one)
+
+    def abstract_state(self) -> State:
+        """The State's shapes, dtypes and where on the devices each part belongs."""
+        everywhere = parallel.replicated(self.mesh)
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+            jax.eval_shape(self.init),
+        )
+
+    def start(self) -> State:
+        """The State before step 0, where it belongs."""
+        shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state())
+        return jax.jit(self.init, out_shardings=shardings)()
+
+    @property
+    def step(self) -> Callable[[State, dict[str, Any]], tuple[State, Sums]]:
+        """(state, batch) -> (state, sums): the train step of this run, uncompiled."""
+        return partial(train_step, self.ex, self.tx)
+
+    def compiled(self) -> parallel.Function:
+        """(state, resident, fed_n) -> (state, sums_n): n steps on all devices; gives up `state`."""
+        steps = partial(many_steps, self.step)
+        return parallel.compiled(steps, self.ex.parallel, self.mesh, donate=True)
+
+    def feed(self) -> Feed:
+        """The training batches, by step; on the devices if the data fits there."""
+        return Feed.training(
+            self.train,
+            self.ex.batch,
+            self.ex.seed,
+            resident=fits(self.train, self.ex.resident_bytes),
+            place=partial(parallel.place, mesh=self.mesh),
+        )
+
+
+def plan(ex: Experiment, devices: Sequence[jax.Device] | None = None) -> Plan:
+    """Opens the data and builds the parts, for all devices or the given ones.
+
+    Raises:
+      UserError: the data is missing, or batch sizes do not fit it or the devices.
+    """
+    mesh = parallel.data_mesh(devices)
+    parallel.check_batch("batch", ex.batch, mesh, ex.grad_accum)
+    parallel.check_batch("eval_batch", ex.eval_batch, mesh)
+    train = ex.train.open()
+    if ex.batch > len(train):
+        raise UserError(f"batch={ex.batch} is more than the {len(train)} examples of {train.name}")
+    evals = {name: source.open() for name, source in ex.evals.items()}
+    steps_per_epoch = len(train) // ex.batch
+    steps = ex.length.steps(steps_per_epoch)
+    tx = ex.optimizer.build(steps)
+    if ex.clip_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(ex.clip_norm), tx)
+    return Plan(ex, train, evals, mesh, steps_per_epoch, steps, tx)
+
+
+class Diverged(RunFailed):
+    """The loss of a step is not finite. `fit` adds the State that it came to."""
+
+    state: State
+
+
+def fit(
+    plan: Plan,
+    state: State,
+    checkpoints: Checkpoints,
+    log: Log,
+    interrupt: Interrupt,
+    stop_at: int | None = None,
+) -> State:
+    """Trains from `state` to the end of the run, to step `stop_at`, or until interrupted.
+
+    Evaluates, logs and saves on the way; the State that it returns has been saved. The host runs
+    ahead of the device and reads a call's sums only when the log, an evaluation or a checkpoint is
+    due, so that the device never waits for it.
+
+    Raises:
+      Diverged: the loss became NaN or infinite; the error holds the State.
+    """
+    ex = plan.ex
+    every_eval, every_save, every_log = (
+        stretch.steps(plan.steps_per_epoch)
+        for stretch in (ex.eval_every, ex.save_every, ex.log_every)
+    )
+    # a call ends on these grids, so that a resumed run makes the same calls
+    grids = (every_eval, every_save, ex.steps_per_call)
+    end = min(plan.steps, stop_at or plan.steps)
+    call, feed = plan.compiled(), plan.feed()
+    evaluators = {split: Evaluator(ex, data, plan.mesh) for split, data in plan.evals.items()}
+    step = first = int(state.step)
+    pending: list[tuple[int, Sums]] = []  # calls that the log has not seen: (first step, sums)
+
+    def report() -> None:
+        """Hands the log what the pending calls came to; waits for them."""
+        if pending:
+            rate = ex.optimizer.learning_rate(step - 1, plan.steps)
+            log.train(step, mean_over(ex, pending) | {"learning_rate": rate})
+            pending.clear()
+
+    def evaluate() -> dict[str, float]:
+        """Evaluates on the splits that are not on record yet; returns all scalars, named."""
+        scores: dict[str, float] = {}
+        for split, evaluator in evaluators.items():
+            if log.evaluated(step, split):
+                continue
+            values = evaluator(state.params, state.variables, lambda: interrupt.signal is not None)
+            if values is None:
+                return {}
+            log.evaluation(step, split, values)
+            scores |= {f"{split}/{k}": v for k, v in values.items() if np.ndim(v) == 0}
+        return scores
+
+    try:
+        while True:
+            scores = {}
+            if step and (step % every_eval == 0 or step >= end):
+                report()
+                scores = evaluate()
+            done = step >= end or interrupt.signal is not None
+            if done or scores or (step and step % every_save == 0):
+                report()  # so that a State that diverged is never saved
+                checkpoints.save(state, scores, step=step)
+            if done:
+                return state
+            n = min(end, *((step // grid + 1) * grid for grid in grids)) - step
+            state, sums = call(state, feed.resident, feed.fed(step, n))
+            if step == first:
+                log.mark(step)  # the call has returned, so it is compiled: rates count from here
+            if pending and step // every_log > pending[0][0] // every_log:
+                report()  # of the calls before this one, on which the device is busy now
+            pending.append((step, sums))
+            step += n
+    except Diverged as error:
+        error.state = state
+        raise
+    finally:
+        feed.close()
+
+
+def mean_over(ex: Experiment, calls: list[tuple[int, Sums]]) -> dict[str, Any]:
+    """Each metric over some calls; waits for the device. `calls`: (first step, sums [n, ...]).
+
+    Raises:
+      Diverged: a step's loss is not finite.
+    """
+    totals: Any = None
+    for first, sums in jax.device_get(calls):
+        losses_n = sums["loss"].total
+        if not np.isfinite(losses_n).all():
+            bad = int(np.argmin(np.isfinite(losses_n)))
+            raise Diverged(f"the loss is {losses_n[bad]} at step {first + bad}")
+        sums = jax.tree.map(lambda a: np.sum(a, axis=0, dtype=np.float64), sums)
+        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+    return results(ex, totals)
