@@ -25,7 +25,7 @@ def experiment(
         evals={"test": data.Tfds("cifar10", split="test")},
         preprocess=(data.Normalize(mean=(0.4914, 0.4822, 0.4465), sd=(0.2470, 0.2435, 0.2616)),),
         augment=(data.Flip(), data.Crop(2, mode="reflect")),
-        model=models.CifarNet(classes=10, width=width),
+        model=models.CifarNet(num_classes=10, width=width),
         loss=losses.SoftmaxCrossEntropy(label_smoothing=label_smoothing),
         eval_loss=losses.SoftmaxCrossEntropy(),
         metrics=(metrics.Accuracy(),),

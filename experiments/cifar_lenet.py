@@ -21,7 +21,7 @@ def experiment(
         train=data.Tfds("cifar10", split="train"),
         evals={"test": data.Tfds("cifar10", split="test")},
         preprocess=(data.Normalize(mean=(0.5, 0.5, 0.5), sd=(0.5, 0.5, 0.5)),),
-        model=models.LeNet(classes=10, initial="pytorch"),
+        model=models.LeNet(num_classes=10, initial="pytorch"),
         loss=losses.SoftmaxCrossEntropy(),
         metrics=(metrics.Accuracy(),),
         eval_metrics=(metrics.ConfusionMatrix(10),),

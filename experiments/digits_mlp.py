@@ -20,7 +20,7 @@ def experiment(
         train=data.Digits("train"),
         evals={"test": data.Digits("test")},
         preprocess=(data.Normalize(mean=(0.3,), sd=(0.35,), white=16),),
-        model=models.MLP(widths=widths, classes=10, activation="relu", dropout=dropout),
+        model=models.MLP(widths=widths, num_classes=10, activation="relu", dropout=dropout),
         loss=losses.SoftmaxCrossEntropy(),
         metrics=(metrics.Accuracy(),),
         eval_metrics=(metrics.ConfusionMatrix(10),),

@@ -20,7 +20,7 @@ def experiment(
         train=data.Tfds("mnist", split="train"),
         evals={"test": data.Tfds("mnist", split="test")},
         preprocess=(data.Normalize(mean=(0.1307,), sd=(0.3081,)),),
-        model=models.MLP(widths=widths, classes=10, activation=activation, dropout=dropout),
+        model=models.MLP(widths=widths, num_classes=10, activation=activation, dropout=dropout),
         loss=losses.SoftmaxCrossEntropy(),
         metrics=(metrics.Accuracy(),),
         eval_metrics=(metrics.ConfusionMatrix(10),),

@@ -133,7 +133,7 @@ class PerClassAccuracy(Metric):
     total and weight are [K]; a class without examples is NaN.
     """
 
-    classes: int
+    num_classes: int
 
     @property
     def name(self) -> str:
@@ -142,7 +142,7 @@ class PerClassAccuracy(Metric):
     def __call__(self, outputs: jax.Array, y: jax.Array, mask: jax.Array) -> Mean:
         _check_classes(self, outputs)
         labels = _labels(outputs, y)
-        counts = jax.nn.one_hot(labels, self.classes) * expand(mask, labels)[..., None]
+        counts = jax.nn.one_hot(labels, self.num_classes) * expand(mask, labels)[..., None]
         right = counts * (_rank(outputs, labels) < 1)[..., None]
         axes = tuple(range(labels.ndim))
         return Mean(jnp.sum(right, axes), jnp.sum(counts, axes))
@@ -158,7 +158,7 @@ class ConfusionMatrix(Metric):
     the result is the counts.
     """
 
-    classes: int
+    num_classes: int
 
     @property
     def name(self) -> str:
@@ -171,15 +171,15 @@ class ConfusionMatrix(Metric):
     def __call__(self, outputs: jax.Array, y: jax.Array, mask: jax.Array) -> Mean:
         _check_classes(self, outputs)
         labels = _labels(outputs, y)
-        truth = jax.nn.one_hot(labels, self.classes) * expand(mask, labels)[..., None]
-        given = jax.nn.one_hot(jnp.argmax(outputs, -1), self.classes)
+        truth = jax.nn.one_hot(labels, self.num_classes) * expand(mask, labels)[..., None]
+        given = jax.nn.one_hot(jnp.argmax(outputs, -1), self.num_classes)
         # at full precision: an accelerator would else be free to round the sums of a large batch
         total = jnp.einsum("...t,...g->tg", truth, given, precision=jax.lax.Precision.HIGHEST)
         return Mean(total, jnp.sum(truth, tuple(range(labels.ndim)))[:, None])
 
 
 def _check_classes(metric: Any, outputs: jax.Array) -> None:
-    if outputs.shape[-1] != metric.classes:
+    if outputs.shape[-1] != metric.num_classes:
         raise ValueError(f"{metric}: outputs of shape {outputs.shape} end in another number")
 
 

@@ -31,7 +31,7 @@ def experiment(
         train=data.Digits("train"),
         evals={"test": data.Digits("test")},
         preprocess=(data.Normalize(mean=(0.3,), sd=(0.35,), white=16),),
-        model=models.MLP(widths=widths, classes=10, activation=act),
+        model=models.MLP(widths=widths, num_classes=10, activation=act),
         loss=losses.SoftmaxCrossEntropy(label_smoothing=0.1 if smooth else 0.0),
         metrics=(metrics.Accuracy(),),
         optimizer=optim.AdamW(lr=schedules.Cosine(lr, warmup=0.1)),

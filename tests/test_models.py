@@ -14,15 +14,15 @@ from jaxeco.models.resnet import Block
 
 # Small ones of each kind, with batch normalisation and dropout wherever they can have them.
 SMALL = {
-    "mlp": models.MLP((9,), classes=5, activation="gelu", dropout=0.5, batch_norm=True),
-    "lenet": models.LeNet(classes=5),
-    "cifar_resnet": models.CifarResNet(depth=8, classes=5, width=4),
+    "mlp": models.MLP((9,), num_classes=5, activation="gelu", dropout=0.5, batch_norm=True),
+    "lenet": models.LeNet(num_classes=5),
+    "cifar_resnet": models.CifarResNet(depth=8, num_classes=5, width=4),
 }
 EVERY = pytest.mark.parametrize("name", SMALL)
 # Too slow to compile in a test; their blocks are tested by themselves.
 LARGE = {
-    "resnet18": models.ResNet(18, classes=5, stem="cifar", width=2),
-    "resnet50": models.ResNet(50, classes=5, stem="imagenet", width=2),
+    "resnet18": models.ResNet(18, num_classes=5, stem="cifar", width=2),
+    "resnet50": models.ResNet(50, num_classes=5, stem="imagenet", width=2),
 }
 
 
@@ -347,10 +347,10 @@ def test_lenet_draws_biases_too_as_pytorch_does(layer, fan_in):
     ("model", "field", "value"),
     [
         (models.MLP, "widths", (8, 0)),
-        (models.MLP, "classes", 0),
+        (models.MLP, "num_classes", 0),
         (models.MLP, "activation", "gelu_tanh"),
         (models.MLP, "dropout", 1.0),
-        (models.LeNet, "classes", 2.5),
+        (models.LeNet, "num_classes", 2.5),
         (models.LeNet, "activation", "swish"),
         (models.LeNet, "initial", "torch"),
         (models.LeNet, "conv", "fft"),
@@ -377,8 +377,8 @@ def test_fields_are_the_whole_configuration(name):
     model = SMALL[name]
     same = dataclasses.replace(model)
     assert same == model and hash(same) == hash(model)
-    assert dataclasses.replace(model, classes=7) != model
-    assert dataclasses.replace(model, classes=7).classes == 7
+    assert dataclasses.replace(model, num_classes=7) != model
+    assert dataclasses.replace(model, num_classes=7).classes == 7
 
 
 def test_lenet_on_an_image_too_small():

@@ -32,7 +32,7 @@ def experiment(**changes: Any) -> Experiment:
         evals={"test": data.Arrays(X[:37], Y[:37], classes=("dark", "bright"))},
         preprocess=(data.Normalize(mean=(0.5, 0.5, 0.5), sd=(0.5, 0.5, 0.5)),),
         augment=(data.Flip(), data.Crop(1)),
-        model=models.MLP(widths=(16,), classes=2, dropout=0.25, batch_norm=True),
+        model=models.MLP(widths=(16,), num_classes=2, dropout=0.25, batch_norm=True),
         loss=losses.SoftmaxCrossEntropy(),
         metrics=(metrics.Accuracy(),),
         optimizer=optim.Momentum(lr=0.05, momentum=0.9),
@@ -101,7 +101,7 @@ def test_the_step_needs_no_compiler() -> None:
 
 
 def test_the_loss_of_the_first_step_is_that_of_the_model_by_hand() -> None:
-    ex = experiment(augment=(), model=models.MLP(widths=(), classes=2))
+    ex = experiment(augment=(), model=models.MLP(widths=(), num_classes=2))
     p = plan(ex)
     state, batch = p.init(), batch_of(p)
     (dense,) = state.params.values()
@@ -122,7 +122,9 @@ def test_the_loss_of_the_first_step_is_that_of_the_model_by_hand() -> None:
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
-    plain = models.MLP(widths=(16,), classes=2)  # no dropout, no batch norm: nothing depends on A
+    plain = models.MLP(
+        widths=(16,), num_classes=2
+    )  # no dropout, no batch norm: nothing depends on A
     whole, losses_whole = run_steps(plan(experiment(model=plain, batch=32)), 6, calls=6)
     for how in ("jit", "shard_map"):
         ex = experiment(model=plain, batch=32, grad_accum=4, parallel=how)
@@ -161,7 +163,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32() -> None:
 
 
 def test_masked_examples_do_not_count() -> None:
-    model = models.MLP(widths=(16,), classes=2)
+    model = models.MLP(widths=(16,), num_classes=2)
     p = plan(experiment(model=model, augment=()))
     state, batch = p.init(), batch_of(p)
     padded = {

@@ -20,18 +20,18 @@ class CifarNet(nn.Module):
       momentum: of batch norm's running averages.
     """
 
-    classes: int = 10
+    num_classes: int = 10
     width: int = 64
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        check_count("classes", self.classes)
+        check_count("num_classes", self.num_classes)
         check_count("width", self.width, least=2)
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """x [B, H, W, C], H and W multiples of 8 -> logits [B, classes], at least float32."""
+        """x [B, H, W, C], H and W multiples of 8 -> logits [B, num_classes], at least float32."""
         x = Conv(self.width // 2, (4, 4), stride=2, padding=1, name="stem")(x)
         x = gelu(x)
         for width, pool in ((self.width, 2), (2 * self.width, 2), (2 * self.width, 1)):
@@ -41,7 +41,7 @@ class CifarNet(nn.Module):
                 x = gelu(BatchNorm(momentum=self.momentum, use_scale=False)(x, train=train))
         # from nearly 0, so that the first steps go to the filters and not to undo the head's
         head_init = nn.initializers.normal(1 / 256)
-        head = nn.Dense(self.classes, use_bias=False, kernel_init=head_init, name="head")
+        head = nn.Dense(self.num_classes, use_bias=False, kernel_init=head_init, name="head")
         return logits(head(x.max((1, 2))))
 
 

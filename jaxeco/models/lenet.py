@@ -35,13 +35,13 @@ class LeNet(nn.Module):
         batches of 4 are best run in `lax.scan`.
     """
 
-    classes: int = 10
+    num_classes: int = 10
     activation: Activation = "relu"
     initial: Initial = "pytorch"
     conv: ConvMethod = "matmul"
 
     def __post_init__(self) -> None:
-        check_count("classes", self.classes)
+        check_count("num_classes", self.num_classes)
         check_choice("activation", self.activation, Activation)
         check_choice("initial", self.initial, Initial)
         check_choice("conv", self.conv, ConvMethod)
@@ -49,7 +49,7 @@ class LeNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """x [B, H, W, C] -> logits [B, classes], at least float32. `train` changes nothing."""
+        """x [B, H, W, C] -> logits [B, num_classes], at least float32. `train` changes nothing."""
         for features in (6, 16):
             kernel_init, bias_init = initializers(self.initial, fan_in=25 * x.shape[-1])
             x = Conv(
@@ -64,7 +64,7 @@ class LeNet(nn.Module):
         x = x.reshape(x.shape[0], -1)
         x = activate(self.activation, self._linear(120, x))
         x = activate(self.activation, self._linear(84, x))
-        return logits(self._linear(self.classes, x))
+        return logits(self._linear(self.num_classes, x))
 
     def _linear(self, features: int, x: jax.Array) -> jax.Array:
         kernel_init, bias_init = initializers(self.initial, fan_in=x.shape[-1])

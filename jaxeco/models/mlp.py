@@ -25,12 +25,12 @@ class MLP(nn.Module):
 
     Attributes:
       widths: of the hidden layers, in order.
-      classes: number of outputs.
+      num_classes: number of outputs.
       dropout: rate after each hidden layer, in [0, 1).
     """
 
     widths: tuple[int, ...] = (256, 128)
-    classes: int = 10
+    num_classes: int = 10
     activation: Activation = "relu"
     dropout: float | jax.Array = 0.0
     batch_norm: bool = False
@@ -38,14 +38,14 @@ class MLP(nn.Module):
     def __post_init__(self) -> None:
         for width in self.widths:
             check_count("widths", width)
-        check_count("classes", self.classes)
+        check_count("num_classes", self.num_classes)
         check_choice("activation", self.activation, Activation)
         check_rate("dropout", self.dropout)
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """x [B, ...] of any shape -> logits [B, classes], at least float32."""
+        """x [B, ...] of any shape -> logits [B, num_classes], at least float32."""
         init = (
             nn.initializers.he_normal()
             if self.activation in ("relu", "gelu")
@@ -58,4 +58,4 @@ class MLP(nn.Module):
                 x = BatchNorm()(x, train=train)
             x = activate(self.activation, x)
             x = Dropout(self.dropout)(x, train=train)
-        return logits(nn.Dense(self.classes, kernel_init=init)(x))
+        return logits(nn.Dense(self.num_classes, kernel_init=init)(x))

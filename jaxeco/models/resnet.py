@@ -39,7 +39,7 @@ class CifarResNet(nn.Module):
     """
 
     depth: int = 20
-    classes: int = 10
+    num_classes: int = 10
     width: int = 16
     shortcut: Shortcut = "pad"
     zero_init: bool = False
@@ -51,7 +51,7 @@ class CifarResNet(nn.Module):
             raise ValueError(
                 f"depth: got {self.depth}, expected 6n+2 with n of at least 1 (8, 14, 20, 32, ...)"
             )
-        check_count("classes", self.classes)
+        check_count("num_classes", self.num_classes)
         check_count("width", self.width)
         check_choice("shortcut", self.shortcut, Shortcut)
         check_choice("conv", self.conv, ConvMethod)
@@ -59,7 +59,7 @@ class CifarResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """x [B, H, W, C] -> logits [B, classes], at least float32."""
+        """x [B, H, W, C] -> logits [B, num_classes], at least float32."""
         x = Conv(
             self.width, (3, 3), padding=1, use_bias=False, kernel_init=he_fan_out, method=self.conv
         )(x)
@@ -74,7 +74,7 @@ class CifarResNet(nn.Module):
                     conv=self.conv,
                 )(x, train=train)
         x = logits(x).mean((1, 2))
-        return logits(nn.Dense(self.classes, kernel_init=nn.initializers.he_normal())(x))
+        return logits(nn.Dense(self.num_classes, kernel_init=nn.initializers.he_normal())(x))
 
 
 class ResNet(nn.Module):
@@ -93,7 +93,7 @@ class ResNet(nn.Module):
     """
 
     depth: int = 18
-    classes: int = 1000
+    num_classes: int = 1000
     stem: Stem = "imagenet"
     width: int = 64
     shortcut: Shortcut = "project"
@@ -105,7 +105,7 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"depth: got {self.depth!r}, expected one of {', '.join(map(str, STAGES))}"
             )
-        check_count("classes", self.classes)
+        check_count("num_classes", self.num_classes)
         check_choice("stem", self.stem, Stem)
         check_count("width", self.width)
         check_choice("shortcut", self.shortcut, Shortcut)
@@ -114,7 +114,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """x [B, H, W, C] -> logits [B, classes], at least float32."""
+        """x [B, H, W, C] -> logits [B, num_classes], at least float32."""
         size, stride, padding = (7, 2, 3) if self.stem == "imagenet" else (3, 1, 1)
         x = Conv(
             self.width,
@@ -139,7 +139,7 @@ class ResNet(nn.Module):
                     conv=self.conv,
                 )(x, train=train)
         x = logits(x).mean((1, 2))
-        return logits(nn.Dense(self.classes, kernel_init=nn.initializers.normal(0.01))(x))
+        return logits(nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01))(x))
 
 
 class Block(nn.Module):
