@@ -13,7 +13,7 @@ def experiment(
     bias_lr: float = 26.0,  # of Nesterov momentum, for the biases
     width: int = 64,  # channels of the first group
     batch: int = 500,  # examples a step
-    epochs: float = 8,  # passes over the 50,000 training images
+    epochs: float = 10,  # passes over the 50,000 training images
     label_smoothing: float = 0.2,
 ) -> Experiment:
     def nesterov(lr: float) -> optim.Momentum:

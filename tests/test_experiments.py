@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from tiny_tfds import Server, serve_cifar10, serve_mnist
 
-from jaxeco import run
+from jaxeco import config, run
 from jaxeco.data import Tfds
 from jaxeco.errors import UserError
 from jaxeco.log import read_metrics
@@ -59,6 +63,18 @@ def test_an_experiment_opens_with_its_claim(file: Path) -> None:
     doc = file.read_text().split('"""')[1]
     assert "python -m jaxeco.run experiments/" + file.name in doc
     assert "n = " in doc and "±" in doc
+
+
+def test_the_readmes_python_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    experiment, model = blocks
+    (tmp_path / "mine.py").write_text(experiment)
+    assert config.load(tmp_path / "mine.py", ["lr=0.1"]).experiment.optimizer.lr.peak == 0.1
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(model, names)
+    net, x = names["Net"](), np.ones((4, 8, 8, 1), np.float32)
+    variables = net.init(jax.random.key(0), x, train=False)
+    assert net.apply(variables, x, train=False).shape == (4, 10)
 
 
 def test_help_and_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
