@@ -55,12 +55,12 @@ class About:
     description: dict[str, Any]
     arrays: dict[str, dict[str, Any]]  # {"params/Dense_0/kernel": {"shape": ..., "dtype": ...}}
 
-    def score(self) -> float | None:
-        """The metric that decides which is best, higher is better; None if it was not measured."""
-        value = self.metrics.get(self.best["metric"]) if self.best else None
-        if value is None or not math.isfinite(value):
+    def score(self, best: Mapping[str, str] | None) -> float | None:
+        """How good it is by `best` (a metric and a mode), higher is better; None if unknown."""
+        value = self.metrics.get(best["metric"]) if best else None
+        if best is None or value is None or not math.isfinite(value):
             return None
-        return value if self.best is not None and self.best["mode"] == "max" else -value
+        return value if best["mode"] == "max" else -value
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class Checkpoints:
           step: where training stands; `int(state.step)` if not given, which waits for the device.
 
         Returns:
-          False if the step is saved already (then nothing happens, `metrics` are not added to it).
+          False if the step is saved already, and nothing happens; but where it was saved without
+          metrics, and now comes with them, it is saved anew.
 
         Raises:
           UserError: this save could not start, or the one before it failed.
@@ -151,7 +152,7 @@ class Checkpoints:
         with jax.transfer_guard("allow"):
             step = int(state.step) if step is None else step
         target, temporary = self.folder / str(step), self.folder / f"{step}.tmp"
-        if target.exists():
+        if target.exists() and (not metrics or _about(target).metrics):
             return False
         # CPU arrays reach orbax as views of the device's memory, not as copies. That is safe: XLA
         # does not reuse a donated buffer while a view of it exists (tested for 1 and 8 devices).
@@ -238,7 +239,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Step of the best checkpoint; None if none has the metric. The newest of equals."""
-        return max(_scores(self.folder), default=(0.0, None))[1]
+        return max(_scores(self.folder, self._best), default=(0.0, None))[1]
 
     def _commit(self, step: int, temporary: Path, target: Path) -> None:
         """In the background: completes a save, then removes what need not be kept."""
@@ -247,7 +248,10 @@ class Checkpoints:
                 self._orbax.wait_until_finished()
                 sums = {name: _sha256(path) for name, path in _files(temporary).items()}
                 (temporary / "checksums.json").write_text(json.dumps(sums, indent=1))
+                if target.exists():  # the same State, saved before it was evaluated
+                    target.rename(self.folder / f"{step}.old.tmp")
                 temporary.rename(target)
+                _remove(self.folder / f"{step}.old.tmp")
                 self._prune()
         except UserError:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk has better uses
@@ -294,7 +298,8 @@ def load(
     if which == "newest":
         wanted = reversed(steps)
     elif which == "best":
-        wanted = [step for _, step in sorted(_scores(folder), reverse=True)]
+        best = next((kept for step in reversed(steps) if (kept := _kept_by(folder, step))), None)
+        wanted = [step for _, step in sorted(_scores(folder, best), reverse=True)]
         if not wanted:
             raise UserError(f"no checkpoint in {folder} has the metric that decides which is best")
     elif which in steps:
@@ -346,7 +351,9 @@ def _about(path: Path) -> About:
                 f"{path} has format {written}, this jaxeco reads up to {FORMAT}: update jaxeco"
             )
         about = About(**raw)
-        about.score()  # what is asked of it later is asked once here, so that it can be believed
+        about.score(
+            about.best
+        )  # what is asked of it later is asked once here, so that it can be believed
         for spec in about.arrays.values():
             _say(spec)
         return about
@@ -390,12 +397,20 @@ def _first_good(
     return None, damaged
 
 
-def _scores(folder: Path) -> list[tuple[float, int]]:
-    """(score, step) of every checkpoint that has the metric; higher is better."""
+def _kept_by(folder: Path, step: int) -> dict[str, str] | None:
+    """What the writer of a checkpoint kept the best by."""
+    try:
+        return _about(folder / str(step)).best
+    except _Damaged:
+        return None
+
+
+def _scores(folder: Path, best: Mapping[str, str] | None) -> list[tuple[float, int]]:
+    """(score, step) of every checkpoint that has the metric of `best`; higher is better."""
     scores = []
     for step in _steps(folder):
         try:
-            score = _about(folder / str(step)).score()
+            score = _about(folder / str(step)).score(best)
         except _Damaged:
             continue
         if score is not None:

@@ -146,7 +146,8 @@ def override(value: Any, parts: list[str], text: str, key: str) -> Any:
         hint = hints[head] if head in hints else type(children[head])
         if is_dataclass(children[head]) and not _readable(hint):
             inner = ", ".join(f"{key}.{name}" for name in _values(children[head]))
-            raise UserError(f"{key} is a {type(children[head]).__name__}; set one of {inner}")
+            kind = type(children[head]).__name__
+            raise UserError(f"{key} is of the kind {kind}; set one of its fields: {inner}")
         children[head] = parse(text, hint, key)
     if isinstance(value, tuple):
         return tuple(children.values())
@@ -216,8 +217,8 @@ def help_text(path: str | Path) -> str:
         [
             f"{path}\n\n{doc}\n\narguments, written key=value:",
             *lines,
-            "\nany field of the resolved experiment can be set too, as model.width=32;"
-            "\n--dry-run lists them",
+            "\nany field of the resolved experiment can be set too, by its dotted name; --dry-run"
+            "\nlists them all",
         ]
     )
 
@@ -272,7 +273,7 @@ def _guarded(path: Path, call: typing.Callable[[], Any]) -> Any:
     """
     try:
         return call()
-    except (ValueError, TypeError, NameError, AttributeError, ImportError) as error:
+    except (ValueError, TypeError, NameError, AttributeError, ImportError, OSError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
         if ours and not isinstance(error, ValueError):
@@ -294,7 +295,7 @@ def _hints(owner: Any) -> dict[str, Any]:
     """Type hints that can be resolved; one naming a type that is not imported is left out."""
     try:
         return typing.get_type_hints(owner)
-    except NameError:
+    except Exception:  # an annotation can be any text
         pass
     hints = {}
     for base in reversed(getattr(owner, "__mro__", (owner,))):
@@ -303,7 +304,7 @@ def _hints(owner: Any) -> dict[str, Any]:
         for name, text in getattr(base, "__annotations__", {}).items():
             try:
                 hints[name] = eval(text, dict(names)) if isinstance(text, str) else text
-            except NameError:
+            except Exception:
                 continue
     return hints
 

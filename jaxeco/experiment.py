@@ -25,8 +25,8 @@ class Epochs:
     count: float
 
     def __post_init__(self) -> None:
-        if not self.count > 0:
-            raise ValueError(f"Epochs({self.count}): expected a number above 0")
+        if not 0 < self.count < float("inf"):
+            raise ValueError(f"Epochs({self.count}): expected a number above 0, not infinite")
 
     def steps(self, steps_per_epoch: int) -> int:
         return max(1, round(self.count * steps_per_epoch))
@@ -105,8 +105,12 @@ class Experiment:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: expected 0 <= seed < 2**32")
-        if not self.name or "/" in self.name:
+        if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f"name={self.name!r}: expected a folder's name")
+        if "train" in self.evals:
+            raise ValueError("evals: 'train' is the name of the training log; choose another")
+        if not self.resident_gib >= 0:
+            raise ValueError(f"resident_gib={self.resident_gib}: expected 0 or more")
         if self.best is not None:
             names = ("loss", *(m.name for m in (*self.metrics, *self.eval_metrics)))
             known = [f"{split}/{name}" for split in self.evals for name in names]
@@ -114,8 +118,8 @@ class Experiment:
                 raise ValueError(f"best={self.best!r}: expected one of {', '.join(known)}")
 
     @property
-    def resident_bytes(self) -> int:
-        return int(self.resident_gib * 2**30)
+    def resident_bytes(self) -> float:
+        return self.resident_gib * 2**30
 
 
 IDENTITY = tuple(f.name for f in fields(Experiment) if f.metadata.get("identity", True))

@@ -1,8 +1,11 @@
 """A run: its plan, which opens the data and builds the parts, and the loop that carries it out."""
 
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,9 +19,9 @@ from jaxeco.checkpoint import Checkpoints
 from jaxeco.data.dataset import Dataset
 from jaxeco.data.pipeline import Feed, fits
 from jaxeco.errors import RunFailed, UserError
-from jaxeco.evaluate import Evaluator
+from jaxeco.evaluate import Evaluator, eval_step
 from jaxeco.experiment import Experiment
-from jaxeco.forward import Sums, results
+from jaxeco.forward import Sums, predict, results
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log
 from jaxeco.train import State, init, many_steps, train_step
@@ -36,19 +39,9 @@ class Plan:
     steps: int  # of the whole run
     tx: optax.GradientTransformation
 
-    def batch(self, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of a batch as the step is given it."""
-        shapes = {
-            name: jax.ShapeDtypeStruct(
-                (examples, *field.shape[1:]), jax.dtypes.canonicalize_dtype(field.dtype)
-            )
-            for name, field in self.train.fields.items()
-        }
-        return shapes | {"mask": jax.ShapeDtypeStruct((examples,), jnp.float32)}
-
     def init(self) -> State:
         """The State before step 0. Pure: it may be compiled, or only traced for its shapes."""
-        one = {name: jnp.zeros(s.shape, s.dtype) for name, s in self.batch(1).items()}
+        one = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes(self.train, 1).items()}
         return init(self.ex, self.tx, jax.random.key(self.ex.seed), one)
 
     def abstract_state(self) -> State:
@@ -98,18 +91,72 @@ def plan(ex: Experiment, devices: Sequence[jax.Device] | None = None) -> Plan:
     if ex.batch > len(train):
         raise UserError(f"batch={ex.batch} is more than the {len(train)} examples of {train.name}")
     evals = {name: source.open() for name, source in ex.evals.items()}
+    for name, data in evals.items():
+        if data.fingerprint == train.fingerprint:
+            warnings.warn(f"the split {name!r} is the training data itself", stacklevel=2)
     steps_per_epoch = len(train) // ex.batch
     steps = ex.length.steps(steps_per_epoch)
     tx = ex.optimizer.build(steps)
     if ex.clip_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(ex.clip_norm), tx)
-    return Plan(ex, train, evals, mesh, steps_per_epoch, steps, tx)
+    if steps >= 2**31:
+        raise UserError(f"a run of {steps:,} steps: expected fewer than 2^31")
+    plan = Plan(ex, train, evals, mesh, steps_per_epoch, steps, tx)
+    check(plan)
+    return plan
+
+
+def shapes(data: Dataset, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch of `data` as a step is given it."""
+    fields = {
+        name: jax.ShapeDtypeStruct(
+            (examples, *field.shape[1:]), jax.dtypes.canonicalize_dtype(field.dtype)
+        )
+        for name, field in data.fields.items()
+    }
+    return fields | {"mask": jax.ShapeDtypeStruct((examples,), jnp.float32)}
+
+
+def check(plan: Plan) -> None:
+    """Traces a step and an evaluation on shapes alone.
+
+    Raises:
+      UserError: the model, the loss or a metric does not fit the data.
+    """
+    ex = plan.ex
+    try:
+        state = jax.eval_shape(plan.init)
+        jax.eval_shape(plan.step, state, shapes(plan.train, ex.batch))
+        for data in plan.evals.values():
+            batch = shapes(data, ex.eval_batch)
+            jax.eval_shape(partial(eval_step, ex), state.params, state.variables, batch)
+        outputs = jax.eval_shape(
+            partial(predict, ex), state.params, state.variables, shapes(plan.train, 1)
+        )
+    except ValueError as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(raised_in).is_relative_to(Path(__file__).parent):  # one of our components says so
+            raise UserError(str(error).splitlines()[0]) from error
+        raise
+    classes, y = plan.train.classes, plan.train.fields["y"]
+    labels = classes and len(y.shape) == 1 and len(getattr(outputs, "shape", ())) == 2
+    if labels and outputs.shape[1] != len(classes):
+        has, name = outputs.shape[1], plan.train.name
+        raise UserError(f"the model has {has} outputs, but {name} has {len(classes)} classes")
 
 
 class Diverged(RunFailed):
-    """The loss of a step is not finite. `fit` adds the State that it came to."""
+    """The loss is not finite. `fit` adds the State that it came to.
+
+    Attributes:
+      step: steps taken when the loss was computed; a State of that step is suspect itself.
+    """
 
     state: State
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def fit(
@@ -150,34 +197,47 @@ def fit(
             pending.clear()
 
     def evaluate() -> dict[str, float]:
-        """Evaluates on the splits that are not on record yet; returns all scalars, named."""
-        scores: dict[str, float] = {}
+        """Evaluates on all splits; returns the scalars, named. {} if interrupted."""
+        found: dict[str, dict[str, Any]] = {}
         for split, evaluator in evaluators.items():
-            if log.evaluated(step, split):
-                continue
-            values = evaluator(state.params, state.variables, lambda: interrupt.signal is not None)
+            values = evaluator(state.params, state.variables, interrupted)
             if values is None:
                 return {}
+            if not np.isfinite(loss := values["loss"]):
+                raise Diverged(f"the loss on {split!r} is {loss} after step {step}", step)
+            found[split] = values
+        for split, values in found.items():
             log.evaluation(step, split, values)
-            scores |= {f"{split}/{k}": v for k, v in values.items() if np.ndim(v) == 0}
-        return scores
+        return {
+            f"{split}/{name}": value
+            for split, values in found.items()
+            for name, value in values.items()
+            if np.ndim(value) == 0
+        }
+
+    def interrupted() -> bool:
+        return interrupt.signal is not None
 
     try:
         while True:
             scores = {}
-            if step and (step % every_eval == 0 or step >= end):
+            due = step and (step % every_eval == 0 or step >= end)
+            if due and not all(log.evaluated(step, split) for split in evaluators):
                 report()
                 scores = evaluate()
-            done = step >= end or interrupt.signal is not None
+            done = step >= end or interrupted()
             if done or scores or (step and step % every_save == 0):
-                report()  # so that a State that diverged is never saved
+                report()  # so that no State is saved behind a loss that is not finite
                 checkpoints.save(state, scores, step=step)
+                log.mark(step)
             if done:
+                checkpoints.wait()
                 return state
             n = min(end, *((step // grid + 1) * grid for grid in grids)) - step
             state, sums = call(state, feed.resident, feed.fed(step, n))
-            if step == first:
-                log.mark(step)  # the call has returned, so it is compiled: rates count from here
+            if step == first:  # rates count from here, when it is compiled and has run once
+                jax.block_until_ready(sums)
+                log.mark(step + n)
             if pending and step // every_log > pending[0][0] // every_log:
                 report()  # of the calls before this one, on which the device is busy now
             pending.append((step, sums))
@@ -200,7 +260,7 @@ def mean_over(ex: Experiment, calls: list[tuple[int, Sums]]) -> dict[str, Any]:
         losses_n = sums["loss"].total
         if not np.isfinite(losses_n).all():
             bad = int(np.argmin(np.isfinite(losses_n)))
-            raise Diverged(f"the loss is {losses_n[bad]} at step {first + bad}")
+            raise Diverged(f"the loss is {losses_n[bad]} at step {first + bad + 1}", first + bad)
         sums = jax.tree.map(lambda a: np.sum(a, axis=0, dtype=np.float64), sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
     return results(ex, totals)

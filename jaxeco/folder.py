@@ -2,6 +2,8 @@
 
 import contextlib
 import fcntl
+import glob
+import hashlib
 import json
 import os
 import platform
@@ -29,18 +31,34 @@ def choose(name: str, workdir: Path | None, resume: bool) -> Path:
     """
     if workdir is None:
         taken = {}
-        for record in Path("runs").glob(f"{name}*/{RECORD}"):
+        for record in Path("runs").glob(f"{glob.escape(name)}*/{RECORD}"):
             if match := re.fullmatch(re.escape(name) + r"(?:-(\d+))?", record.parent.name):
                 taken[int(match[1] or 1)] = record.parent
         if resume and taken:
             return taken[max(taken)]
         number = max(taken, default=0) + 1
         return Path("runs") / (name if number == 1 else f"{name}-{number}")
-    if not resume and (workdir / RECORD).exists():
+    if not resume and holds_run(workdir):
         raise UserError(
             f"{workdir} already holds a run; continue it with --resume, or choose another --workdir"
         )
     return workdir
+
+
+def holds_run(folder: Path) -> bool:
+    return (folder / RECORD).exists() or any(folder.glob("checkpoints/*"))
+
+
+@contextlib.contextmanager
+def claimed(name: str, workdir: Path | None, resume: bool) -> Iterator[Path]:
+    """Chooses the folder, makes it, and keeps other processes from running in it meanwhile."""
+    while True:
+        folder = choose(name, workdir, resume)
+        with locked(folder):
+            if not resume and holds_run(folder):  # another run was quicker since we chose
+                continue
+            yield folder
+            return
 
 
 @contextlib.contextmanager
@@ -50,31 +68,36 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
       UserError: it cannot be made or written, or another process runs in it.
     """
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise UserError(f"cannot write to the run's folder {folder}: {error.strerror}") from error
-    with file:
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            file.seek(0)
+            owner = os.read(descriptor, 200).decode(errors="replace")
             raise UserError(
-                f"{folder} is in use by another run ({file.read().strip()}); "
-                "choose another --workdir"
+                f"{folder} is in use by another run ({owner}); choose another --workdir"
             ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+        with _writing(folder):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
         yield
+    finally:
+        os.close(descriptor)
 
 
-def record(folder: Path, loaded: Loaded, **facts: Any) -> None:
+def record(folder: Path, loaded: Loaded, **facts: Any) -> list[str]:
     """Keeps the source, the words of the command line, the resolved experiment, versions, devices.
 
-    A resumed run adds an entry to "sessions"; the rest is as the run began.
+    The source is the experiment file and what it imports from beside it, so that the copy loads as
+    well. A resumed run adds an entry to "sessions", and its source if that has changed; the rest
+    is as the run began.
+
+    Returns:
+      what a person should know of: that the code is not what the last session ran, say.
     """
+    texts = _sources(loaded)
     session = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": ["python", "-m", "jaxeco.run", *sys.argv[1:]],
@@ -83,26 +106,70 @@ def record(folder: Path, loaded: Loaded, **facts: Any) -> None:
         "versions": {name: _version(name) for name in PACKAGES},
         "xla_flags": os.environ["XLA_FLAGS"] if "XLA_FLAGS" in os.environ else "",
         "git": _git(loaded.path.parent),
+        "code": {"experiment": _digest(texts), "jaxeco": _digest(_package())},
         **facts,
     }
-    path = folder / RECORD
+    path, notes, target = folder / RECORD, [], folder
+    contents: dict[str, Any] = {
+        "file": str(loaded.path),
+        "assignments": list(loaded.assignments),
+        "resolved": describe(loaded.experiment),
+        "sessions": [],
+    }
     if path.exists():
-        contents = json.loads(path.read_text())
-        contents["sessions"].append(session)
-    else:
-        contents = {
-            "file": str(loaded.path),
-            "assignments": list(loaded.assignments),
-            "resolved": describe(loaded.experiment),
-            "sessions": [session],
-        }
-        _write(folder / "experiment.py", loaded.source)
-    _write(path, json.dumps(contents, indent=2) + "\n")
+        try:
+            contents = json.loads(path.read_text())
+            before = contents["sessions"][-1]
+            for kind in ("versions", "code"):
+                changed = [k for k, v in session[kind].items() if before[kind][k] != v]
+                if changed:
+                    notes.append(
+                        f"{' and '.join(changed)} changed since this run's last session:"
+                        " it goes on, but not to the bit as it would have"
+                    )
+            target = folder / f"session-{len(contents['sessions']) + 1}"
+        except (ValueError, LookupError, TypeError) as error:
+            notes.append(f"{path} is damaged ({error}); it is set aside as {RECORD}.damaged")
+            path.replace(path.with_name(f"{RECORD}.damaged"))
+    contents["sessions"].append(session)
+    with _writing(folder):
+        if target == folder or contents["sessions"][-2]["code"] != session["code"]:
+            target.mkdir(exist_ok=True)
+            for name, text in texts.items():
+                _write(target / name, text)
+        _write(path, json.dumps(contents, indent=2) + "\n")
+    return notes
+
+
+def _sources(loaded: Loaded) -> dict[str, str]:
+    """The experiment file, as experiment.py, and the modules it has imported from beside it."""
+    beside = loaded.path.resolve().parent
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    paths = [Path(file) for file in files if file and Path(file).resolve().parent == beside]
+    return {"experiment.py": loaded.source} | {p.name: p.read_text() for p in sorted(paths)}
+
+
+def _package() -> dict[str, str]:
+    root = Path(__file__).parent
+    return {str(p.relative_to(root)): p.read_text() for p in sorted(root.rglob("*.py"))}
+
+
+def _digest(texts: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to the run's folder {folder}: {error.strerror}") from error
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """What a finished run came to, as result.json."""
-    _write(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    """What a run has come to, as result.json."""
+    with _writing(folder):
+        _write(folder / "result.json", json.dumps(result, indent=2) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -140,11 +140,15 @@ class Log:
         """Prints rows of cells below a title, in columns; the last column wraps."""
         self._print(table(title, rows) + "\n")
 
-    def close(self) -> None:
-        """Ends the live line and closes the files. May be called twice."""
+    def finished(self) -> None:
+        """Ends the live line: training is over, and what comes now are plain lines."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def close(self) -> None:
+        """Ends the live line and closes the files. May be called twice."""
+        self.finished()
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -187,8 +191,12 @@ class Log:
     def _print(self, text: str) -> None:
         if self._live is not None:
             self._live.print(text)
-        else:
+            return
+        try:
             print(text, file=self._stream, flush=True)
+        except BrokenPipeError:  # nobody reads any more, as behind `| head`; the run goes on
+            self._stream = open(os.devnull, "w")
+            os.dup2(self._stream.fileno(), sys.stdout.fileno())
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

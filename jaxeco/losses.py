@@ -102,9 +102,9 @@ class Loss(ABC):
           ValueError: the shapes do not fit.
         """
 
-    @abstractmethod
     def weights(self, y: jax.Array) -> jax.Array:
-        """How much each example counts, in the shape of the losses."""
+        """How much each example counts, [B] or in the shape of the losses; here all alike."""
+        return jnp.ones(y.shape[:1])
 
     def mean(self, outputs: jax.Array, y: jax.Array, mask: jax.Array) -> Mean:
         """Σ mask·weight·loss and Σ mask·weight, with mask [B] or [B, ...].

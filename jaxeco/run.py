@@ -18,6 +18,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--steps", type=int, help="stop after this step; --resume goes on from there")
     add("--dry-run", action="store_true", help="show the resolved experiment and its cost only")
     add("-h", "--help", action="store_true", help="with FILE: the experiment's arguments")
+    for word in words:
+        if (
+            word.startswith("--")
+            and "=" in word
+            and not word.startswith(("--workdir=", "--steps="))
+        ):
+            parser.error(f"{word}: arguments of the experiment are written {word.lstrip('-')}")
     options = parser.parse_intermixed_args(words)
     if options.help and options.file is None:
         parser.print_help()
@@ -26,6 +33,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error("no experiment file given")
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps {options.steps}: expected at least 1")
+    if options.dry_run and (options.resume or options.steps or options.workdir):
+        parser.error("--dry-run runs nothing: leave out --resume, --steps and --workdir")
     return options
 
 

@@ -5,20 +5,26 @@ Imports nothing heavy; `configure()` must run before the first `import jax`.
 
 import os
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-# On CPU, XLA hands some operations to the library YNN. That makes convolutions 1.5 to 2.5 times slower
-# (scripts/bench.py), and with jaxlib 0.10 a vmapped product, square and sum wrong (jax-ml/jax#39103;
-# tests/test_layers.py); so nothing is handed to it. An XLA that does not know a flag ends the
-# process, so the flag is set only where it has been tried.
+# On CPU, XLA hands some operations to the library YNN. With jaxlib 0.10 that makes convolutions
+# slower (scripts/bench.py) and a vmapped product, square and sum wrong (jax-ml/jax#39103, for which
+# tests/test_layers.py has a test); so nothing is handed to it. An XLA that does not know a flag
+# ends the process, so the flag is set only where it has been tried.
 CPU_FLAGS = {"--xla_cpu_experimental_ynn_fusion_type": ""}
 CPU_FLAGS_TRIED_FROM, CPU_FLAGS_TRIED_BELOW = (0, 10), (0, 13)  # versions of jaxlib
 
 
 def cache_dir() -> Path:
     """Where decoded data and compiled programs are kept: $JAXECO_CACHE, or ~/.cache/jaxeco."""
-    return Path(os.environ.get("JAXECO_CACHE") or Path.home() / ".cache" / "jaxeco")
+    if "JAXECO_CACHE" in os.environ:
+        return Path(os.environ["JAXECO_CACHE"])
+    try:
+        return Path.home() / ".cache" / "jaxeco"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / f"jaxeco-{os.getuid()}"
 
 
 def configure(fake_devices: int | None = None) -> None:

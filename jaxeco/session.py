@@ -1,7 +1,7 @@
 """One session of a run, as a person sees it: summary, training, end table, pictures, result."""
 
-import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,60 +14,70 @@ from jaxeco import plots
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.config import Loaded, describe, flatten
 from jaxeco.data.dataset import Dataset
-from jaxeco.errors import UserError
 from jaxeco.experiment import IDENTITY
-from jaxeco.fit import Diverged, Plan, fit, plan
+from jaxeco.fit import Diverged, Plan, fit, plan, shapes
 from jaxeco.forward import predict
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics
-from jaxeco.train import State
+from jaxeco.train import State, train_step
 
 Row = Sequence[str]
-PACE = ("time", "learning_rate", "examples_per_second")  # in the log, but no result
+PACE = ("step", "time", "learning_rate", "examples_per_second")  # in the log, but no result
 
 
 def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None) -> int:
     """Trains, evaluates, saves and reports; returns the exit status.
 
     Raises:
-      UserError: something does not fit, before anything is compiled.
-      RunFailed: the loss became NaN or infinite, or a checkpoint could not be written.
+      UserError: something does not fit, before anything is compiled; or a file cannot be written.
+      RunFailed: the loss became NaN or infinite.
     """
     ex = loaded.experiment
-    folder = folders.choose(ex.name, workdir, resume)
+    folders.choose(ex.name, workdir, resume)  # complains before the data is opened
     p = plan(ex)
-    step = traced(p)
-    with folders.locked(folder):
-        with Checkpoints(
+    with (
+        folders.claimed(ex.name, workdir, resume) as folder,
+        Checkpoints(
             folder / "checkpoints",
             description=identity(p),
             keep=ex.keep,
             best=ex.best,
             best_mode=ex.best_mode,
-        ) as checkpoints:
-            found = checkpoints.restore(p.abstract_state()) if resume else None
-            state, first = found or (p.start(), 0)
-            folders.record(folder, loaded, first_step=first, **environment(p))
-            with Log(
-                folder, total_steps=p.steps, first_step=first, examples_per_step=ex.batch
-            ) as log:
-                log.table(ex.name, summary(p, step, folder, first, resume, log.tensorboard))
-                try:
-                    with Interrupt() as interrupt:
-                        state = fit(p, state, checkpoints, log, interrupt, stop_at)
-                except Diverged as error:
-                    raise diverged(error, checkpoints, folder) from error
-                if interrupt.signal:
-                    done = f"saved step {int(state.step):,}; --resume goes on from there"
-                    log.note(f"{interrupt.signal.name}: {done}")
-                finish(p, state, folder, log)
+        ) as checkpoints,
+    ):
+        found = checkpoints.restore(p.abstract_state()) if resume else None
+        state, first = found or (p.start(), 0)
+        notes = folders.record(folder, loaded, first_step=first, **environment(p))
+        with (
+            Log(folder, total_steps=p.steps, first_step=first, examples_per_step=ex.batch) as log,
+            Interrupt() as interrupt,
+        ):
+            log.table(ex.name, summary(p, folder, first, resume, log.tensorboard))
+            for note in notes:
+                log.warn(note)
+            try:
+                state = fit(p, state, checkpoints, log, interrupt, stop_at)
+            except Diverged as error:
+                raise diverged(error, checkpoints, folder) from error
+            log.finished()
+            step = int(state.step)
+            if interrupt.signal or step < p.steps:
+                why = interrupt.signal.name if interrupt.signal else "--steps"
+                log.note(f"{why}: saved step {step:,}; --resume goes on from there")
+            elif first == p.steps:
+                log.note("this run was complete already")
+            metrics = read_metrics(folder)
+            finish(p, step, metrics, folder, log)
+            if not interrupt.signal:
+                pictures(p, state, metrics, folder)
     return interrupt.exit_status if interrupt.signal else 0
 
 
 def dry_run(loaded: Loaded) -> int:
     """Prints the resolved experiment and what a step costs; trains nothing, writes nothing."""
     p = plan(loaded.experiment)
-    step = traced(p)
+    state, batch = jax.eval_shape(p.init), shapes(p.train, p.ex.batch)
+    step = jax.jit(p.step, donate_argnums=0).lower(state, batch)
     memory: Any = step.compile().memory_analysis()
     held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     for path, value in flatten(describe(loaded.experiment)).items():
@@ -76,29 +86,13 @@ def dry_run(loaded: Loaded) -> int:
     rows = {
         "parameters": f"{parameters(p):,}",
         "steps": f"{p.steps:,} ({p.steps_per_epoch:,} an epoch)",
-        "FLOPs a step": f"{flops(step):.3g}",
+        "FLOPs a step": f"{flops(p):.3g}",
         "memory a step": f"{_size(held + temporary)}: {_size(held)} for state and batch,"
         f" {_size(temporary)} while it runs",
         "memory of the data": _size(sum(d.nbytes for d in (p.train, *p.evals.values()))),
     }
     print("", *(f"{name:<28} {text}" for name, text in rows.items()), sep="\n")
     return 0
-
-
-def traced(p: Plan) -> Any:
-    """The train step for one device, traced and lowered but not compiled.
-
-    Raises:
-      UserError: one of our components says that shapes do not fit.
-    """
-    try:
-        state, batch = jax.eval_shape(p.init), p.batch(p.ex.batch)
-        return jax.jit(p.step, donate_argnums=0).lower(state, batch)
-    except ValueError as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if Path(raised_in).is_relative_to(Path(__file__).parent):
-            raise UserError(str(error).splitlines()[0]) from error
-        raise
 
 
 def identity(p: Plan) -> dict[str, Any]:
@@ -123,16 +117,14 @@ def environment(p: Plan) -> dict[str, Any]:
     }
 
 
-def summary(
-    p: Plan, step: Any, folder: Path, first: int, resume: bool, tensorboard: str
-) -> list[Row]:
+def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -> list[Row]:
     """What is about to happen, for the table at the start."""
     ex = p.ex
     devices = list(p.mesh.devices.flat)
     rows: list[Row] = [
         ("devices", f"{len(devices)} x {devices[0].device_kind}, through {ex.parallel}"),
         ("parameters", f"{parameters(p):,}"),
-        ("FLOPs a step", f"{flops(step):.3g}"),
+        ("FLOPs a step", f"{flops(p):.3g}"),
         ("train", f"{p.train.name}: {len(p.train):,} examples"),
         *((split, f"{data.name}: {len(data):,} examples") for split, data in p.evals.items()),
         ("steps", f"{p.steps:,} with {ex.batch} examples each; {p.steps_per_epoch:,} an epoch"),
@@ -148,36 +140,45 @@ def summary(
 
 def diverged(error: Diverged, checkpoints: Checkpoints, folder: Path) -> Diverged:
     """Keeps the State, and says what is left and what to try."""
-    aside = folder / "diverged"
+    aside, step = folder / "diverged", int(error.state.step)
     with Checkpoints(aside, description={}, keep=1) as kept:
         kept.save(error.state)
-    good = checkpoints.latest_step()
+    checkpoints.wait()
+    good = max((s for s in checkpoints.steps() if s < error.step), default=None)
     last = "no checkpoint before it" if good is None else f"the last good checkpoint is step {good}"
+    advice = "try a lower learning rate, or clip_norm=1"
+    if error.step == 0:
+        advice = "no update came before it: look at the inputs, the labels and the initialisation"
     return Diverged(
-        f"{error}; {last}; the state is kept in {aside}; try a lower learning rate or clip_norm=1"
+        f"{error}; {last}; the state of step {step} is kept in {aside}; {advice}", error.step
     )
 
 
-def finish(p: Plan, state: State, folder: Path, log: Log) -> None:
-    """The end table, result.json and the pictures."""
-    metrics, step = read_metrics(folder), int(state.step)
-    final = {line["split"]: line for line in metrics if line["step"] == step}
-    rows: list[Row] = [("split", "metric", "value")]
+def finish(p: Plan, step: int, metrics: list[dict], folder: Path, log: Log) -> None:
+    """The end table, and result.json: each split's latest line.
+
+    What stands under "train" was measured while training, since the log's last line.
+    """
+    latest = {line["split"]: line for line in metrics}
+    rows: list[Row] = [("split", "step", "metric", "value")]
     result: dict[str, Any] = {"step": step, "of": p.steps, "seed": p.ex.seed}
-    for split, line in final.items():
-        values = {k: v for k, v in line.items() if k not in ("step", "split")}
-        scalars = {k: v for k, v in values.items() if isinstance(v, int | float)}
-        rows += [(split, k, f"{v:.4f}") for k, v in scalars.items() if k not in PACE]
-        result[split] = scalars
+    for split, line in latest.items():
+        scalars = {k: v for k, v in line.items() if isinstance(v, int | float) and k not in PACE}
+        rows += [(split, f"{line['step']:,}", k, f"{v:.4f}") for k, v in scalars.items()]
+        result[split] = {"step": line["step"], **scalars}
     result["seconds"] = metrics[-1]["time"] if metrics else 0.0
     folders.write_result(folder, result)
     log.table(f"{p.ex.name} after {step:,} of {p.steps:,} steps, {result['seconds']:.1f} s", rows)
-    if metrics:
-        plots.curves(metrics, folder / "curves.png")
+
+
+def pictures(p: Plan, state: State, metrics: list[dict], folder: Path) -> None:
+    """Curves, and of each split a confusion matrix, if it was measured, and examples."""
+    plots.curves(metrics, folder / "curves.png")
+    latest = {line["split"]: line for line in metrics}
     for i, (split, data) in enumerate(p.evals.items()):
         suffix = f"-{split}" if i else ""
-        if split in final and "confusion_matrix" in final[split]:
-            counts_KxK = np.array(final[split]["confusion_matrix"])
+        if "confusion_matrix" in latest[split]:
+            counts_KxK = np.array(latest[split]["confusion_matrix"])
             plots.confusion(counts_KxK, data.classes, folder / f"confusion{suffix}.png")
         if len(shape := data.fields["x"].shape) == 4 and shape[-1] in (1, 3) and data.classes:
             examples(p, state, data, folder / f"examples{suffix}.png")
@@ -195,9 +196,13 @@ def examples(p: Plan, state: State, data: Dataset, path: Path) -> None:
     plots.examples(x_NxHxWxC, truth_N, said_N, chance_N, data.classes, path)
 
 
-def flops(step: Any) -> float:
-    """Floating-point operations of a lowered computation, as XLA counts them before optimising."""
-    return step.cost_analysis()["flops"]
+def flops(p: Plan) -> float:
+    """Floating-point operations of a step, as XLA counts them before it optimises."""
+    # without micro-batches: XLA counts the body of a loop once, however often it runs
+    step = partial(train_step, replace(p.ex, grad_accum=1), p.tx)
+    lowered = jax.jit(step).lower(jax.eval_shape(p.init), shapes(p.train, p.ex.batch))
+    costs: Any = lowered.cost_analysis()
+    return costs["flops"]
 
 
 def parameters(p: Plan) -> int:

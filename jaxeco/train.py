@@ -71,7 +71,9 @@ def train_step(
     batch = augmented(ex.augment, axes.example_keys(augment_key, len(batch["mask"])), batch)
     variables, sums, grads = accumulated_grads(ex, state, batch, dropout_key)
     sums, grads = axes.global_sum((sums, grads))
-    grads = jax.tree.map(lambda g: g / sums["loss"].weight, grads)
+    weight = sums["loss"].weight
+    weight = jnp.where(weight > 0, weight, 1)  # where nothing counts, the gradient is 0
+    grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return State(state.step + 1, params, variables, opt_state, state.key), sums

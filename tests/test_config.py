@@ -89,7 +89,7 @@ def test_any_other_key_is_a_dotted_field(file: Path) -> None:
         ("model.widths.0.x=8", "has no fields"),
         ("optimiser.lr=1", "did you mean optimizer?"),
         ("preprocess.3.white=1", "entries 0 to 0"),
-        ("model=x", "set one of model.widths"),
+        ("model=x", "set one of its fields: model.widths"),
         ("lr=fast", "expected float"),
         ("batch=2.5", "expected int"),
         ("batch=0", "at least 1"),

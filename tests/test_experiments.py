@@ -77,14 +77,17 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
     assert net.apply(variables, x, train=False).shape == (4, 10)
 
 
-def test_help_and_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_help_and_dry_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run.main([DIGITS, "--help"]) == 0
     assert "peak learning rate" in capsys.readouterr().out
-    assert run.main([DIGITS, "batch=16", "--dry-run", "--workdir", str(tmp_path / "none")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert run.main([DIGITS, "batch=16", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     for word in ("optimizer.lr.peak", "parameters", "17,226", "FLOPs", "KiB"):
         assert word in shown  # 64*128+128 + 128*64+64 + 64*10+10 = 17,226
-    assert not (tmp_path / "none").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def command(*words: str, **environment: str) -> subprocess.Popen:
@@ -108,6 +111,10 @@ def outcome(process: subprocess.Popen) -> tuple[int, str, str]:
     [
         ((DIGITS, "lrr=0.1"), "did you mean lr?"),
         ((DIGITS, "--workdri", "x"), "--workdri"),
+        ((DIGITS, "--lr=0.1"), "written lr=0.1"),
+        ((DIGITS, "--dry-run", "--steps", "3"), "leave out"),
+        ((DIGITS, "model.num_classes=7"), "7 outputs"),
+        ((DIGITS, "best=test/acuracy"), "expected one of test/loss, test/accuracy"),
         ((), "no experiment file given"),
         ((DIGITS + "x",), "no such experiment file"),
     ],

@@ -27,7 +27,7 @@ Fields = dict[str, np.ndarray]
 _THREADS = min(8, os.cpu_count() or 1)
 
 
-def fits(dataset: Dataset, limit_bytes: int) -> bool:
+def fits(dataset: Dataset, limit_bytes: float) -> bool:
     """Whether the decoded examples take at most `limit_bytes`, and may so be made resident."""
     return dataset.nbytes <= limit_bytes
 

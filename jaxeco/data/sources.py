@@ -205,7 +205,7 @@ class ImageFolder:
 
     path: str
     image_size: int
-    split: str = "all"
+    split: str = "train"
     channels: Literal[1, 3] = 3
 
     def __post_init__(self) -> None:
