@@ -123,26 +123,23 @@ def check(plan: Plan) -> None:
     Raises:
       UserError: the model, the loss or a metric does not fit the data.
     """
-    ex = plan.ex
+    ex, classes = plan.ex, plan.train.classes
     try:
         state = jax.eval_shape(plan.init)
+        model = (state.params, state.variables)
+        outputs = jax.eval_shape(partial(predict, ex), *model, shapes(plan.train, 1))
+        labelled = classes and len(plan.train.fields["y"].shape) == 1 and outputs.ndim == 2
+        if labelled and outputs.shape[1] != len(classes):
+            has, name = outputs.shape[1], plan.train.name
+            raise UserError(f"the model has {has} outputs, but {name} has {len(classes)} classes")
         jax.eval_shape(plan.step, state, shapes(plan.train, ex.batch))
         for data in plan.evals.values():
-            batch = shapes(data, ex.eval_batch)
-            jax.eval_shape(partial(eval_step, ex), state.params, state.variables, batch)
-        outputs = jax.eval_shape(
-            partial(predict, ex), state.params, state.variables, shapes(plan.train, 1)
-        )
+            jax.eval_shape(partial(eval_step, ex), *model, shapes(data, ex.eval_batch))
     except ValueError as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if Path(raised_in).is_relative_to(Path(__file__).parent):  # one of our components says so
             raise UserError(str(error).splitlines()[0]) from error
         raise
-    classes, y = plan.train.classes, plan.train.fields["y"]
-    labels = classes and len(y.shape) == 1 and len(getattr(outputs, "shape", ())) == 2
-    if labels and outputs.shape[1] != len(classes):
-        has, name = outputs.shape[1], plan.train.name
-        raise UserError(f"the model has {has} outputs, but {name} has {len(classes)} classes")
 
 
 class Diverged(RunFailed):

@@ -140,7 +140,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_of_images(folder):
-    dataset = ImageFolder(str(folder), image_size=4).open()
+    dataset = ImageFolder(str(folder), 4, "all").open()
     x, y = everything(dataset)
     assert dataset.classes == ("ant", "bee", "cat")
     assert x.shape == dataset.fields["x"].shape == (24, 4, 4, 3) and x.dtype == np.uint8
@@ -159,7 +159,7 @@ def test_an_image_of_the_right_size_is_left_alone_and_others_are_cut_in_the_cent
     wide = np.concatenate([np.full_like(x, 9), x, np.full_like(x, 9)], axis=1)
     Image.fromarray(wide).save(tmp_path / "only" / "b.png")
     Image.fromarray(x).resize((16, 16), Image.Resampling.NEAREST).save(tmp_path / "only" / "c.png")
-    images, _ = everything(ImageFolder(str(tmp_path), 8).open())
+    images, _ = everything(ImageFolder(str(tmp_path), 8, "all").open())
     np.testing.assert_array_equal(images[0], x)
     np.testing.assert_array_equal(images[1], x)
     # Halved by a triangle of four pixels, whose weights 1, 3, 3, 1 are cut off at the edges.
@@ -181,7 +181,7 @@ def test_orientation_and_odd_modes(tmp_path):
     Image.fromarray(x).save(tmp_path / "c" / "a.png", exif=exif)
     Image.fromarray(x).convert("P").save(tmp_path / "c" / "b.gif")
     Image.fromarray(x).convert("RGBA").save(tmp_path / "c" / "c.webp", lossless=True)
-    images, _ = everything(ImageFolder(str(tmp_path), 4).open())
+    images, _ = everything(ImageFolder(str(tmp_path), 4, "all").open())
     np.testing.assert_array_equal(images, [x[::-1], x, x])
 
 
@@ -203,7 +203,7 @@ def test_train_and_test_of_a_folder_share_nothing(folder):
 
 def test_a_folders_fingerprint_follows_its_content(folder):
     def fingerprint(**changes):
-        return dataclasses.replace(ImageFolder(str(folder), 4), **changes).open().fingerprint
+        return dataclasses.replace(ImageFolder(str(folder), 4, "all"), **changes).open().fingerprint
 
     before = fingerprint()
     assert before == fingerprint()
@@ -219,11 +219,11 @@ def test_links_are_followed(folder, tmp_path_factory):
     (linked / "ant").symlink_to(folder / "ant")
     (linked / "bug").mkdir()
     (linked / "bug" / "b.png").symlink_to(folder / "bee" / "0.png")
-    assert ImageFolder(str(linked), 4).open().classes == ("ant", "bug")
-    assert len(everything(ImageFolder(str(linked), 4).open())[0]) == 8
+    assert ImageFolder(str(linked), 4, "all").open().classes == ("ant", "bug")
+    assert len(everything(ImageFolder(str(linked), 4, "all").open())[0]) == 8
     (linked / "bug" / "lost.png").symlink_to(folder / "nowhere.png")
     with pytest.raises(UserError, match=r"lost\.png: No such file"):
-        ImageFolder(str(linked), 4).open()
+        ImageFolder(str(linked), 4, "all").open()
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated", "deep"])
@@ -237,7 +237,7 @@ def test_an_unreadable_image_is_named(folder, damage):
         victim.write_bytes(victim.read_bytes()[:3000])
     else:
         Image.fromarray(np.zeros((4, 4), np.uint16)).save(victim)
-    dataset = ImageFolder(str(folder), 4).open()
+    dataset = ImageFolder(str(folder), 4, "all").open()
     with pytest.raises(UserError, match=rf"{victim}: not a readable image .*; mend or remove it"):
         everything(dataset)
 
@@ -246,10 +246,10 @@ def test_folders_without_images(tmp_path):
     with pytest.raises(UserError, match=r"absent: No such file.*expected folders of images"):
         ImageFolder(str(tmp_path / "absent"), 4).open()
     with pytest.raises(UserError, match="no folders in it; expected folders of images"):
-        ImageFolder(str(tmp_path), 4).open()
+        ImageFolder(str(tmp_path), 4, "all").open()
     (tmp_path / "ant").mkdir()
     with pytest.raises(UserError, match="ant: no images in it"):
-        ImageFolder(str(tmp_path), 4).open()
+        ImageFolder(str(tmp_path), 4, "all").open()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory"):
         ImageFolder(str(tmp_path / "file"), 4).open()
