@@ -3,12 +3,12 @@
 CLAIM
 """
 
-from jaxeco import data, losses, metrics, models, optim
+from jaxeco import data, losses, metrics, models, optim, schedules
 from jaxeco.experiment import Epochs, Experiment, Steps
 
 
 def experiment(
-    lr: float = 1e-3,  # Adam's learning rate, constant
+    lr: float = 2e-3,  # of Adam; falls linearly to 0
     widths: tuple[int, ...] = (256, 128),  # hidden layers
     activation: models.Activation = "relu",
     dropout: float = 0.0,  # share of hidden units silenced in training
@@ -24,7 +24,7 @@ def experiment(
         loss=losses.SoftmaxCrossEntropy(),
         metrics=(metrics.Accuracy(),),
         eval_metrics=(metrics.ConfusionMatrix(10),),
-        optimizer=optim.Adam(lr=lr),
+        optimizer=optim.Adam(schedules.Linear(lr)),
         batch=batch,
         length=Epochs(epochs),
         log_every=Steps(100),

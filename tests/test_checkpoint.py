@@ -181,6 +181,32 @@ def test_best_by_a_metric_where_less_is_better(tmp_path):
         assert checkpoints.best_step() == 2
 
 
+def test_the_best_is_judged_by_what_this_session_asks_for(tmp_path):
+    scores = {1: (0.5, 0.9), 2: (0.9, 0.8), 3: (0.6, 0.1), 4: (0.7, 0.7)}  # accuracy, loss
+    with Checkpoints(tmp_path, description={}, keep=4, best="accuracy") as checkpoints:
+        for step, (accuracy, loss) in scores.items():
+            checkpoints.save(make_state(step), {"accuracy": accuracy, "loss": loss})
+        checkpoints.wait()
+        assert checkpoints.best_step() == 2
+    with Checkpoints(tmp_path, description={}, keep=1, best="loss", best_mode="min") as checkpoints:
+        assert checkpoints.best_step() == 3
+        checkpoints.save(make_state(5), {"accuracy": 0.99, "loss": 0.3})
+        checkpoints.wait()
+        assert checkpoints.steps() == [3, 5]
+    assert load(tmp_path, which="best").step == 3
+
+
+def test_metrics_may_come_after_the_state(tmp_path):
+    with Checkpoints(tmp_path, description={}, keep=1, best="accuracy") as checkpoints:
+        assert checkpoints.save(make_state(1))
+        assert checkpoints.save(make_state(1), {"accuracy": 0.5})
+        assert not checkpoints.save(make_state(1), {"accuracy": 0.9})
+        checkpoints.wait()
+        assert checkpoints.best_step() == 1
+    assert load(tmp_path).metrics == {"accuracy": 0.5}
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 def test_nothing_saved_yet(tmp_path):
     (tmp_path / "5.tmp" / "state").mkdir(parents=True)  # the first save was cut off
     (tmp_path / "4.old.tmp").mkdir()

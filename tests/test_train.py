@@ -1,6 +1,7 @@
 """The train step and the loop, by their properties."""
 
 import dataclasses
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,53 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(tmp_path: P
     with pytest.raises(Diverged, match=r"the loss is (nan|inf) at step [1-9]") as error:
         train(tmp_path, ex)
     assert int(error.value.state.step) >= 1
+
+
+class After(Interrupt):
+    """A signal that arrives when the loop has asked for it so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    @property
+    def signal(self) -> signal.Signals | None:  # type: ignore[override]
+        self.times -= 1
+        return signal.SIGTERM if self.times < 0 else None
+
+
+@pytest.mark.parametrize("times", [1, 3, 5])  # in the first split, in the second, after both
+def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path, times: int) -> None:
+    test = experiment().evals["test"]
+    ex = experiment(length=Steps(2), evals={"a": test, "b": test}, best="b/accuracy")
+    train(tmp_path, ex, stop_at=1)
+    p = plan(ex, jax.devices()[:2])
+    with Checkpoints(tmp_path / "checkpoints", description={}, best=ex.best) as saved:
+        restored = saved.restore(p.abstract_state())
+        assert restored is not None
+        with Log(tmp_path, total_steps=2, first_step=1, examples_per_step=16) as log:
+            fit(p, restored[0], saved, log, After(times))
+    train(tmp_path, ex)
+    recorded = [(line["step"], line["split"]) for line in read_metrics(tmp_path)]
+    assert recorded.count((2, "a")) == recorded.count((2, "b")) == 1
+    with Checkpoints(tmp_path / "checkpoints", description={}, best=ex.best) as saved:
+        assert saved.latest_step() == 2
+        assert saved.best_step() in (1, 2)
+
+
+def test_a_batch_in_which_nothing_counts_changes_nothing() -> None:
+    p = plan(experiment(loss=losses.SoftmaxCrossEntropy(class_weights=(0.0, 1.0))))
+    state, batch = p.init(), batch_of(p)
+    new, sums = p.step(state, batch | {"y": jnp.zeros_like(batch["y"])})
+    assert float(sums["loss"].weight) == 0
+    assert_close(new.params, state.params, 0)
+
+
+def test_a_state_that_diverged_is_not_called_good(tmp_path: Path) -> None:
+    ex = experiment(optimizer=optim.SGD(lr=1e30), length=Steps(3), eval_every=Steps(1))
+    with pytest.raises(Diverged, match=r"the loss on 'test' is (nan|inf) after step 1"):
+        train(tmp_path, ex)
+    with Checkpoints(tmp_path / "checkpoints", description={}) as saved:
+        assert saved.steps() == []
 
 
 @pytest.mark.parametrize(
