@@ -51,6 +51,18 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 
 def compiled(function: Function, how: str, mesh: Mesh, donate: bool) -> Function:
+    """As `compiled_async`, but a call waits for its results where the CPU plays several devices.
+
+    There XLA's collectives share one pool of threads: calls that overlap can take each other's, and
+    then none ends until XLA gives up and aborts the process.
+    """
+    call = compiled_async(function, how, mesh, donate)
+    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+        return lambda carry, resident, fed: jax.block_until_ready(call(carry, resident, fed))
+    return call
+
+
+def compiled_async(function: Function, how: str, mesh: Mesh, donate: bool) -> Function:
     """Compiles `function` so that the devices share what is fed.
 
     Args:

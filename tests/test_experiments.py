@@ -65,9 +65,11 @@ def test_an_experiment_opens_with_its_claim(file: Path) -> None:
     assert "n = " in doc and "±" in doc
 
 
-def test_the_readmes_python_runs(tmp_path: Path) -> None:
+def test_the_readmes_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    experiment, model = blocks
+    experiment, use, model, loss = blocks[1], blocks[0], blocks[2], blocks[3]
     (tmp_path / "mine.py").write_text(experiment)
     assert config.load(tmp_path / "mine.py", ["lr=0.1"]).experiment.optimizer.lr.peak == 0.1
     names: dict[str, Any] = {"__name__": "readme"}
@@ -75,6 +77,14 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
     net, x = names["Net"](), np.ones((4, 8, 8, 1), np.float32)
     variables = net.init(jax.random.key(0), x, train=False)
     assert net.apply(variables, x, train=False).shape == (4, 10)
+    exec(loss, names)
+    y, outputs = np.arange(4), np.eye(4, 10, dtype=np.float32) * 20
+    assert float(names["Brier"]().mean(outputs, y, np.ones(4)).value()) < 1e-6
+    assert float(names["Confidence"]()(outputs, y, np.ones(4)).value()) > 0.999
+    monkeypatch.chdir(tmp_path)
+    assert run.main([DIGITS, "epochs=1", "eval_batch=8", "batch=8"]) == 0
+    exec(use, {})
+    assert re.fullmatch(r"\[(\d ){4}\d\]", capsys.readouterr().out.splitlines()[-1])
 
 
 def test_help_and_dry_run(
