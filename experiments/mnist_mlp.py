@@ -2,8 +2,8 @@
 
     python -m jaxeco.run experiments/mnist_mlp.py seed=0    # and seed=1, seed=2
 
-Test accuracy 98.24 ± 0.09 % (mean ± sd, n = 3 seeds); 12 s a run, start to end, on a 2-core CPU with
-JAX 0.10.2.
+Test accuracy 98.24 ± 0.09 % (mean ± sd, n = 3 seeds); 12 s a run, start to end, on a 2-core CPU
+with JAX 0.10.2.
 """
 
 from jaxeco import data, losses, metrics, models, optim, schedules
