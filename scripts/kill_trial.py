@@ -14,12 +14,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 COMMAND = [
     *(sys.executable, "-m", "jaxeco.run", "experiments/digits_mlp.py"),
-    *("epochs=600", "save_every.count=1", "eval_every.count=20", "steps_per_call=1"),
+    *("epochs=1000", "save_every.count=1", "eval_every.count=20", "steps_per_call=1"),
 ]
 
 
@@ -52,7 +54,9 @@ def final_state(folder: Path) -> dict[str, bytes]:
             found |= leaves(value, inner) if isinstance(value, dict) else {inner: leaf(value)}
         return found
 
-    def leaf(value: object) -> bytes:
+    def leaf(value: Any) -> bytes:
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value = jax.random.key_data(value)
         return np.asarray(value).tobytes()
 
     loaded = load(folder / "checkpoints")
@@ -74,7 +78,7 @@ def main() -> int:
         in_save = done = 0
         while done < options.kills:
             process = start(killed)
-            time.sleep(moments.uniform(0.3, 1.0) * min(8.0, length / 3))
+            time.sleep(moments.uniform(2.0, 6.0))  # a start takes about 3 s
             if done % 2 == 0:  # wait for a save to fall into
                 limit = time.monotonic() + 5
                 while not saving(killed) and process.poll() is None and time.monotonic() < limit:
