@@ -21,7 +21,7 @@ import numpy as np
 
 COMMAND = [
     *(sys.executable, "-m", "jaxeco.run", "experiments/digits_mlp.py"),
-    *("epochs=1000", "save_every.count=1", "eval_every.count=20", "steps_per_call=1"),
+    *("epochs=1500", "save_every.count=1", "eval_every.count=20", "steps_per_call=1"),
 ]
 
 
