@@ -378,7 +378,7 @@ def test_fields_are_the_whole_configuration(name):
     same = dataclasses.replace(model)
     assert same == model and hash(same) == hash(model)
     assert dataclasses.replace(model, num_classes=7) != model
-    assert dataclasses.replace(model, num_classes=7).classes == 7
+    assert dataclasses.replace(model, num_classes=7).num_classes == 7
 
 
 def test_lenet_on_an_image_too_small():
