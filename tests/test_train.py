@@ -79,7 +79,7 @@ def test_eight_devices_agree_with_one(how: str, one_device: tuple[State, np.ndar
     )
 
 
-@pytest.mark.parametrize("how", ["jit", "shard_map", "pmap"])
+@pytest.mark.parametrize("how", ["jit", "shard_map"])
 def test_many_steps_in_a_call_are_the_same_steps(
     how: str, one_device: tuple[State, np.ndarray]
 ) -> None:
@@ -93,7 +93,7 @@ def batch_of(p: Plan) -> dict[str, Any]:
 
 
 def test_the_step_needs_no_compiler() -> None:
-    p = plan(experiment())
+    p = plan(experiment(augment=(data.Flip(),)))
     state, batch = p.init(), batch_of(p)
     eager = p.step(state, batch)
     assert_close(jax.jit(p.step)(state, batch)[0].params, eager[0].params, 1e-5)
@@ -111,7 +111,7 @@ def test_the_loss_of_the_first_step_is_that_of_the_model_by_hand() -> None:
     logits -= logits.max(1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     expected = -log_p[np.arange(16), batch["y"]].sum()
-    new, sums = p.step(state, batch)
+    new, sums = jax.jit(p.step)(state, batch)
     np.testing.assert_allclose(float(sums["loss"].total), expected, rtol=1e-5)
     gradient = x.T @ (np.exp(log_p) - np.eye(2)[np.asarray(batch["y"])]) / 16
     np.testing.assert_allclose(
@@ -137,7 +137,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
 def test_accumulation_with_batch_norm_and_dropout_does_not_depend_on_devices() -> None:
     ex = experiment(batch=32, grad_accum=2)
     _, one = run_steps(plan(ex, jax.devices()[:1]), 6, calls=6)
-    for how in ("jit", "shard_map", "pmap"):
+    for how in ("jit", "shard_map"):
         _, eight = run_steps(plan(dataclasses.replace(ex, parallel=how)), 6, calls=6)
         np.testing.assert_allclose(eight, one, rtol=1e-5)
 
@@ -146,7 +146,7 @@ def test_clipping_bounds_the_update() -> None:
     ex = experiment(optimizer=optim.SGD(lr=1.0), clip_norm=0.01)
     p = plan(ex)
     before = p.init()
-    after, _ = p.step(before, batch_of(p))
+    after, _ = jax.jit(p.step)(before, batch_of(p))
     change = jax.tree.map(lambda a, b: a - b, after.params, before.params)
     norm = np.sqrt(sum(float(jnp.sum(c**2)) for c in jax.tree.leaves(change)))
     np.testing.assert_allclose(norm, 0.01, rtol=1e-3)
@@ -172,8 +172,8 @@ def test_masked_examples_do_not_count() -> None:
         "y": jnp.concatenate([batch["y"], batch["y"][:4]]),
         "mask": jnp.concatenate([batch["mask"], jnp.zeros(4)]),
     }
-    a, sums_a = p.step(state, batch)
-    b, sums_b = p.step(state, padded)
+    a, sums_a = jax.jit(p.step)(state, batch)
+    b, sums_b = jax.jit(p.step)(state, padded)
     assert_close(b.params, a.params, 1e-6)
     assert_close(sums_b, sums_a, 1e-6)
 
@@ -187,11 +187,11 @@ def train(folder: Path, ex: Experiment, stop_at: int | None = None) -> State:
             return fit(p, state, saved, log, interrupt, stop_at)
 
 
-@pytest.mark.parametrize("changes", [{}, {"steps_per_call": 4}, {"resident_gib": 0.0}])
+@pytest.mark.parametrize("changes", [{}, {"steps_per_call": 5}, {"resident_gib": 0.0}])
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
     ex = experiment(**changes)
     whole = train(tmp_path / "whole", ex)
-    train(tmp_path / "parts", ex, stop_at=8)
+    train(tmp_path / "parts", ex, stop_at=10)
     assert len(read_metrics(tmp_path / "parts")) < len(read_metrics(tmp_path / "whole"))
     parts = train(tmp_path / "parts", ex)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
@@ -257,7 +257,7 @@ def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path, times: int) ->
 def test_a_batch_in_which_nothing_counts_changes_nothing() -> None:
     p = plan(experiment(loss=losses.SoftmaxCrossEntropy(class_weights=(0.0, 1.0))))
     state, batch = p.init(), batch_of(p)
-    new, sums = p.step(state, batch | {"y": jnp.zeros_like(batch["y"])})
+    new, sums = jax.jit(p.step)(state, batch | {"y": jnp.zeros_like(batch["y"])})
     assert float(sums["loss"].weight) == 0
     assert_close(new.params, state.params, 0)
 

@@ -1,5 +1,7 @@
 """A small convolutional network that learns CIFAR-10 in few epochs."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,7 @@ def gelu(x: jax.Array) -> jax.Array:
     return nn.gelu(x, approximate=True)  # tanh takes less time than erf
 
 
-def dirac(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def dirac(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """A kernel [I, J, C, F] whose first C filters pass one channel on each, as airbench has it.
 
     The other filters are drawn from U(±1/√fan_in).
