@@ -375,11 +375,14 @@ def _say(name: str, value: float) -> str:
 
 
 def _fit(fields: Sequence[str], last: Sequence[str] = (), width: int = WIDTH) -> str:
-    """As many of `fields` as fit on a line together with `last`; at least the first two."""
-    kept = list(fields)
-    while len(kept) > 2 and len("  ".join([*kept, *last])) >= width:
-        kept.pop()
-    return "  ".join([*kept, *last])
+    """What fits on a line: first `fields` beyond the third go, then `last`, from its beginning."""
+    kept, tail = list(fields), list(last)
+    while len("  ".join([*kept, *tail])) >= width and (len(kept) > 3 or tail):
+        if len(kept) > 3:
+            kept.pop()
+        else:
+            tail.pop(0)
+    return "  ".join([*kept, *tail])
 
 
 def _clock(seconds: float) -> str:
