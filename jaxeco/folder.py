@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from jaxeco.config import Loaded, describe
+from jaxeco.config import Loaded, describe, load
 from jaxeco.errors import UserError
 
 RECORD = "run.json"
@@ -164,6 +164,20 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write to the run's folder {folder}: {error.strerror}") from error
+
+
+def open_run(folder: str | os.PathLike[str]) -> Loaded:
+    """The experiment of a run, from the copy that its folder keeps and the words it was given.
+
+    Raises:
+      UserError: it is not the folder of a run.
+    """
+    folder = Path(folder)
+    try:
+        words = json.loads((folder / RECORD).read_text())["assignments"]
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"{folder} is not the folder of a run: {error}") from error
+    return load(folder / "experiment.py", words)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

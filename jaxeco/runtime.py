@@ -9,10 +9,10 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-# On CPU, XLA hands some operations to the library YNN. With jaxlib 0.10 that makes convolutions
-# slower (scripts/bench.py) and a vmapped product, square and sum wrong (jax-ml/jax#39103, for which
-# tests/test_layers.py has a test); so nothing is handed to it. An XLA that does not know a flag
-# ends the process, so the flag is set only where it has been tried.
+# On CPU, XLA hands some operations to the library YNN. With jaxlib 0.10 a vmapped product, square
+# and sum then comes out wrong (jax-ml/jax#39103; tests/test_layers.py has a test), and plain Flax,
+# which leaves it so, is slower in scripts/bench.py; so nothing is handed to it. An XLA that does
+# not know a flag ends the process, so the flag is set only where it has been tried.
 CPU_FLAGS = {"--xla_cpu_experimental_ynn_fusion_type": ""}
 CPU_FLAGS_TRIED_FROM, CPU_FLAGS_TRIED_BELOW = (0, 10), (0, 13)  # versions of jaxlib
 

@@ -82,7 +82,7 @@ def test_the_readmes_python_runs(
     assert float(names["Brier"]().mean(outputs, y, np.ones(4)).value()) < 1e-6
     assert float(names["Confidence"]()(outputs, y, np.ones(4)).value()) > 0.999
     monkeypatch.chdir(tmp_path)
-    assert run.main([DIGITS, "epochs=1", "eval_batch=8", "batch=8"]) == 0
+    assert run.main([DIGITS, "epochs=1", "eval_batch=8", "batch=8", "model.widths=24"]) == 0
     exec(use, {})
     assert re.fullmatch(r"\[(\d ){4}\d\]", capsys.readouterr().out.splitlines()[-1])
 
