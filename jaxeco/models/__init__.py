@@ -9,6 +9,13 @@ from jaxeco.models.layers import Activation, BatchNorm, Conv, Dropout, max_pool
 from jaxeco.models.lenet import LeNet
 from jaxeco.models.mlp import MLP
 from jaxeco.models.resnet import CifarResNet, ResNet
+from jaxeco.models.transformer import (
+    EncoderDecoder,
+    LanguageModel,
+    TextClassifier,
+    Transformer,
+    unscanned,
+)
 
 __all__ = [
     "MLP",
@@ -18,7 +25,12 @@ __all__ = [
     "CifarResNet",
     "Conv",
     "Dropout",
+    "EncoderDecoder",
+    "LanguageModel",
     "LeNet",
     "ResNet",
+    "TextClassifier",
+    "Transformer",
     "max_pool",
+    "unscanned",
 ]
