@@ -32,12 +32,11 @@ def attend(
       [B, T, H, K], dtype of v. The softmax is taken in float32. A row with nothing allowed is the
       mean of all values, not NaN.
     """
-    if method == "auto":
-        method = _fastest(q_BxTxHxK)
-    if method != "einsum":
+    chosen = _fastest(q_BxTxHxK) if method == "auto" else method
+    if chosen != "einsum":
         mask = None if allowed_BxTxS is None else allowed_BxTxS[:, None]
         return jax.nn.dot_product_attention(
-            q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask=mask, implementation=method
+            q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask=mask, implementation=chosen
         )
     B, T, H, K = q_BxTxHxK.shape
     G = k_BxSxGxK.shape[2]
@@ -53,7 +52,7 @@ def attend(
     return o_BxGxRxTxK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
-def _fastest(q_BxTxHxK: jax.Array) -> Method:
+def _fastest(q_BxTxHxK: jax.Array) -> Literal["einsum", "xla", "cudnn"]:
     if jax.default_backend() == "cpu":
         return "einsum"
     _, T, _, K = q_BxTxHxK.shape

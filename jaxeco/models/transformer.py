@@ -1,6 +1,6 @@
-"""Transformers (Vaswani et al. 2017): one trunk from tokens to hidden vectors, and models upon it.
+"""Transformers (Vaswani et al. 2017): one trunk, from tokens to vectors, and models upon it.
 
-The trunk's parameters have the same names in every model, so that one model's weights start another.
+The trunk's parameters have the same names in every model: one model's weights can start another.
 
 Shapes: B batch, T positions, S positions that are looked at (T, or slots of a cache), D width,
 H heads, G heads of keys and values, K width of a head, F width of the MLP, V vocabulary.
@@ -50,8 +50,8 @@ class Stack(nn.Module, kw_only=True):
       width: D, of the vectors between blocks.
       heads: H; each is width / heads wide.
       kv_heads: G, for grouped-query attention (Ainslie et al. 2023); None: as many as heads.
-      mlp_width: F; None: 4·D, and 8/3·D, rounded up to a multiple of 32, for swiglu, which has three
-        matrices where the others have two.
+      mlp_width: F; None: 4·D, but for swiglu, which has a third matrix, 8/3·D, rounded up to a
+        multiple of 32.
       norm: layer norm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019).
       norm_first: norm inside each residual branch (GPT-2), else after each sum (BERT).
       activation: "gelu" is exact, "gelu_tanh" is GPT-2's approximation; "relu2" is max(x, 0)²
@@ -118,7 +118,7 @@ class Stack(nn.Module, kw_only=True):
 FIELDS = tuple(name for name in Stack.__annotations__ if name not in ("name", "parent"))
 
 
-def _norm(kind: Norm, eps: float, bias: bool, name: str) -> nn.Module:
+def _norm(kind: Norm, eps: float, bias: bool, name: str | None = None) -> nn.Module:
     if kind == "rms":
         return nn.RMSNorm(eps, name=name)
     return nn.LayerNorm(eps, use_bias=bias, use_fast_variance=False, name=name)
@@ -211,8 +211,8 @@ class Transformer(Stack, kw_only=True):
       pad: a token that fills rows up, which nobody looks at; None: there is none.
       embed_norm: norm the embeddings (BERT).
       remat: recompute each block in the backward pass rather than keep what it computed.
-      scan_layers: one block compiled, and run `layers` times: its parameters, under "blocks", have a
-        first axis for the layer. Compiles faster; cannot decode (`unscanned` makes it).
+      scan_layers: compile one block and run it `layers` times: the parameters, under "blocks", have
+        a first axis for the layer. Compiles faster; cannot decode until it is `unscanned`.
     """
 
     vocab_size: int
@@ -235,7 +235,7 @@ class Transformer(Stack, kw_only=True):
         if self.positions == "learned":
             self.position_embed = nn.Embed(self.context, self.width, embedding_init=init)
         if self.embed_norm:
-            self.norm_in = _norm(self.norm, self.norm_eps, self.bias, None)
+            self.norm_in = _norm(self.norm, self.norm_eps, self.bias)
         # numbers of arguments count from self, which is 0
         block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
         if self.scan_layers:
@@ -250,7 +250,7 @@ class Transformer(Stack, kw_only=True):
         else:
             self.block = [block(**self.shared()) for _ in range(self.layers)]
         if self.norm_first:
-            self.norm_out = _norm(self.norm, self.norm_eps, self.bias, None)
+            self.norm_out = _norm(self.norm, self.norm_eps, self.bias)
         self.drop = Dropout(self.dropout)
 
     def __call__(
@@ -272,7 +272,7 @@ class Transformer(Stack, kw_only=True):
             raise ValueError(f"a text of {T} tokens: the model's context is {self.context}")
         if cache is not None and (self.scan_layers or not self.causal):
             raise ValueError("a cache serves causal models whose layers are not scanned")
-        tokens_BxS, first, start_B = tokens_BxT, 0, None
+        tokens_BxS, first, start_B = tokens_BxT, jnp.int32(0), None
         if cache is not None:
             first, start_B = cache.filled, cache.start_B
             tokens_BxS = jax.lax.dynamic_update_slice(cache.tokens_BxS, tokens_BxT, (0, first))
@@ -312,7 +312,7 @@ class Transformer(Stack, kw_only=True):
         return jnp.ones(tokens_BxT.shape, bool) if self.pad is None else tokens_BxT != self.pad
 
     def empty_cache(self, batch: int, slots: int, start_B: jax.Array | None = None) -> Cache:
-        """A cache with room for `slots` tokens a row; `start_B`: where rows begin, by default at 0."""
+        """A cache with room for `slots` tokens a row, which begin at `start_B`, by default 0."""
         heads = self.kv_heads or self.heads
         shape = (batch, slots, heads, self.width // self.heads)
         dtype = self.token_embed.embedding.dtype
@@ -341,7 +341,7 @@ class LanguageModel(nn.Module):
         trunk = self.trunk
         if self.transform:
             self.dense = nn.Dense(trunk.width, kernel_init=nn.initializers.normal(trunk.init_sd))
-            self.norm = _norm(trunk.norm, trunk.norm_eps, trunk.bias, None)
+            self.norm = _norm(trunk.norm, trunk.norm_eps, trunk.bias)
             self.bias = self.param("bias", nn.initializers.zeros, (trunk.vocab_size,))
         if not self.tied:
             self.head = nn.Dense(
@@ -441,7 +441,7 @@ class EncoderDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: dict[str, jax.Array], *, train: bool) -> jax.Array:
-        """{"source": [B, M], "target": [B, T]} -> logits f32[B, T, V] of the target's next token."""
+        """{"source": [B, M], "target": [B, T]} -> logits f32[B, T, V] of what follows."""
         memory_BxMxD = self.encoder(x["source"], train=train)
         hidden_BxTxD = self.decoder(
             x["target"],
