@@ -56,6 +56,33 @@ def test_another_source_replaces_the_entry():
     np.testing.assert_array_equal(arrays["x"], X + 1)
 
 
+GROWING = {"x": ((None, 2, 3), np.dtype(np.uint8)), "y": ((None,), np.dtype(np.int32))}
+
+
+@pytest.mark.parametrize("rows", [0, 1, 10])
+def test_a_first_dimension_may_show_only_at_the_end(folder, rows):
+    written = {"x": X[:rows], "y": Y[:rows]}
+    cache.cached("entry", 1, GROWING, lambda: [written, {"x": X[:0], "y": Y[:0]}])
+    arrays, _ = cache.cached("entry", 1, GROWING, forbidden)
+    for name in ("x", "y"):
+        np.testing.assert_array_equal(arrays[name], written[name])
+        assert arrays[name].dtype == written[name].dtype
+        np.testing.assert_array_equal(np.load(folder / f"{name}.npy"), written[name])
+
+
+def test_arrays_of_different_lengths_differ_in_their_digest():
+    _, ten = cache.cached("entry", 1, GROWING, blocks)
+    _, nine = cache.cached("other", 1, GROWING, lambda: [{"x": X[:9], "y": Y[:9]}])
+    assert ten != nine
+
+
+def test_many_rows_find_room_in_the_header(folder):
+    layout = {"x": ((None,), np.dtype(np.uint8))}
+    row = np.zeros(2**20, np.uint8)
+    arrays, _ = cache.cached("entry", 1, layout, lambda: ({"x": row} for _ in range(11)))
+    assert arrays["x"].shape == (11 * 2**20,) and not arrays["x"].any()
+
+
 @pytest.mark.parametrize("file", ["x.npy", "y.npy", "meta.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
 def test_damage_is_noticed_and_mended_with_a_warning(folder, file, damage):

@@ -65,7 +65,7 @@ def test_every_example_is_equally_likely_at_every_position():
 
 def test_the_shared_permutation_is_read_only():
     with pytest.raises(ValueError, match="read-only"):
-        order.indices(0, 0, 4, 8)[0] = 1
+        order.permutation(0, 0, 8)[0] = 1
 
 
 def test_errors_name_both_numbers():
@@ -84,8 +84,9 @@ def test_errors_name_both_numbers():
 
 @pytest.mark.parametrize(("size", "batch"), [(10, 4), (8, 4), (3, 5), (1, 1), (17, 16)])
 def test_evaluation_counts_every_index_exactly_once(size, batch):
-    batches = list(order.eval_batches(size, batch))
-    assert len(batches) == order.eval_steps(batch, size) == -(-size // batch)
+    steps = order.eval_steps(batch, size)
+    assert steps == -(-size // batch)
+    batches = [order.eval_indices(step, batch, size) for step in range(steps)]
     counted = []
     for index, mask in batches:
         assert index.shape == mask.shape == (batch,) and mask.dtype == np.float32
@@ -96,4 +97,29 @@ def test_evaluation_counts_every_index_exactly_once(size, batch):
 
 
 def test_no_examples_no_evaluation_batches():
-    assert list(order.eval_batches(0, 4)) == []
+    assert order.eval_steps(4, 0) == 0
+
+
+@pytest.mark.parametrize(("batch", "size", "stride"), [(2, 50, 8), (3, 24, 8), (1, 9, 9)])
+def test_windows_of_an_epoch_do_not_overlap(batch, size, stride):
+    steps = order.steps_per_epoch(batch, size // stride)
+    for epoch in range(4):
+        rows = [order.indices(3, epoch * steps + i, batch, size, stride) for i in range(steps)]
+        rows = np.sort(np.concatenate(rows))
+        first = order.offset(3, epoch, stride)
+        expected = range(first, size, stride)[: size // stride]
+        assert len(rows) == size // stride // batch * batch
+        assert set(rows) <= set(expected) and expected[-1] < size
+
+
+def test_golden_offset_from_the_raw_generator():
+    word = np.random.Philox(key=[7, 1], counter=[0, 0, 0, 1]).random_raw()
+    assert order.offset(7, 1, 1000) == word % 1000
+    chosen = order.permutation(7, 1, 5)[2:4]  # step 3 is the second batch of two in epoch 1
+    assert order.indices(7, 3, 2, 5039, 1000).tolist() == (word % 1000 + 1000 * chosen).tolist()
+
+
+def test_offsets_are_uniform_and_those_of_stride_1_are_0():
+    counts = np.bincount([order.offset(5, epoch, 10) for epoch in range(2000)], minlength=10)
+    assert stats.chisquare(counts).pvalue > 1e-3
+    assert order.offset(5, 0, 1) == 0

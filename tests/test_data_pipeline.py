@@ -1,4 +1,7 @@
 import threading
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,31 @@ class OnDemand:
         if self.broken in indices:
             raise UserError(f"example {self.broken} is damaged")
         return self._values[indices]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["ahead"])
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """A pytree as a field: row i holds values i and i + ahead, squared."""
+
+    values: Any
+    ahead: int
+    dtype = np.dtype(np.int32)
+
+    @property
+    def shape(self):
+        return len(self.values) - 1, 2
+
+    def __getitem__(self, rows):
+        places = rows[:, None] + np.array([0, self.ahead], np.int32)
+        return self.values[places].astype("int32") ** 2
+
+
+def of_pairs(count=41, stride=4):
+    """Two fields that share their array."""
+    values = np.arange(count, dtype=np.uint16)
+    x, y = Pairs(values, 0), Pairs(values, 1)
+    return Dataset({"x": x, "y": y}, (), "pairs", "pairs", stride=stride)
 
 
 def values(count):
@@ -92,7 +120,7 @@ def test_streaming_equals_resident_bit_for_bit(kind, tmp_path):
         Feed.training(data, 8, seed=1, resident=False) as streaming,
     ):
         assert set(resident.resident) == {"x", "y"} and streaming.resident == {}
-        assert resident.fed(0)["index"].dtype == np.int32
+        assert resident.fed(0)["row"].dtype == np.int32
         assert streaming.fed(0)["x"].dtype == resident.resident["x"].dtype
         assert_same(batches(resident, range(40)), batches(streaming, range(40)))
 
@@ -130,9 +158,11 @@ def test_evaluation_counts_every_example_once(resident, count, batch):
         assert_same(batches(feed, range(feed.steps)), found)  # an evaluation can be repeated
     assert all(len(got["x"]) == batch for got in found)
     counted = {
-        name: np.concatenate([got[name][got["mask"] == 1] for got in found]) for name in ("x", "y")
+        name: np.concatenate([got[name][got["mask"] == 1] for got in found])
+        for name in ("x", "y", "index")
     }
-    assert_same(counted, {"x": x, "y": y})
+    assert_same(counted, {"x": x, "y": y, "index": np.arange(count, dtype=np.int32)})
+    assert all(sorted(got) == ["index", "mask", "x", "y"] for got in found)
 
 
 def test_threads_end_with_the_feed():
@@ -188,7 +218,7 @@ def test_placed_once_and_assembled_on_every_shard():
     calls = []
 
     def place(fields):
-        calls.append(sorted(fields))
+        calls.append(len(fields))
         return jax.device_put(fields, replicated)
 
     data = dataset(40)
@@ -200,7 +230,7 @@ def test_placed_once_and_assembled_on_every_shard():
     sharded = jax.jit(assemble, out_shardings=split)
     assert_same(jax.device_get(sharded(feed.resident, fed)), expected)
     assert "all-gather" not in sharded.lower(feed.resident, fed).compile().as_text()
-    assert calls == [["x", "y"]]
+    assert calls == [2]
 
 
 def test_under_scan_over_the_steps_of_a_call():
@@ -221,6 +251,55 @@ def test_assemble_uncompiled_keeps_what_was_fed():
 def test_fits_counts_decoded_bytes():
     data = dataset(10)  # 10 * (2 * 3 * 1 + 4) bytes
     assert fits(data, 100) and not fits(data, 99)
+    assert fits(of_pairs(41), 82) and not fits(of_pairs(41), 81)  # a shared array counts once
+
+
+def test_rows_that_int32_cannot_number_stay_on_the_host():
+    one = np.broadcast_to(np.uint8(0), (2**31,))  # one byte, seen many times
+    assert not fits(Dataset({"x": one, "y": one}, (), "", ""), np.inf)
+
+
+def test_fields_that_are_pytrees_share_their_array_on_the_device():
+    feed = Feed.training(of_pairs(), 2, seed=0, resident=True)
+    x, y = feed.resident["x"], feed.resident["y"]
+    assert isinstance(x, Pairs) and x.values is y.values and x.values.dtype == jnp.uint16
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_pass_takes_one_row_in_stride(resident):
+    data = of_pairs()  # rows 0 to 39, of which a pass takes 10
+    assert (len(data), data.training_examples, data.eval_examples) == (40, 10, 10)
+    assert (of_pairs(42).training_examples, of_pairs(42).eval_examples) == (10, 11)
+    with Feed.training(data, 2, seed=3, resident=resident) as feed:
+        assert feed.steps == 5
+        for step, batch in enumerate(batches(feed, range(7))):
+            rows = order.indices(3, step, 2, 40, 4).astype(np.int32)
+            assert_same(
+                batch,
+                {
+                    "x": np.stack([rows, rows], 1) ** 2,
+                    "y": np.stack([rows, rows + 1], 1) ** 2,
+                    "mask": np.ones(2, np.float32),
+                },
+            )
+    with Feed.evaluation(data, 4, resident=resident) as feed:
+        assert feed.steps == 3
+        found = batches(feed, range(3))
+    index = np.concatenate([batch["index"] for batch in found])
+    assert index.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9]
+    np.testing.assert_array_equal(np.concatenate([b["x"][:, 0] for b in found]), (4 * index) ** 2)
+    assert sum(batch["mask"].sum() for batch in found) == 10
+
+
+def test_streaming_pytrees_equals_resident_bit_for_bit():
+    for kind in (partial(Feed.training, seed=1), Feed.evaluation):
+        with kind(of_pairs(), 3, resident=True) as a, kind(of_pairs(), 3, resident=False) as b:
+            assert_same(batches(a, range(3)), batches(b, range(3)))
+
+
+def test_a_stride_or_unit_below_1_is_an_error():
+    with pytest.raises(ValueError, match="stride is 0, expected at least 1"):
+        of_pairs(stride=0)
 
 
 def test_a_batch_larger_than_the_data_fails_at_once():

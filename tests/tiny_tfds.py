@@ -1,8 +1,10 @@
-"""A local web server, and tiny archives in the formats of CIFAR-10 and MNIST to put on it."""
+"""A local web server, and tiny archives in the formats of tfds's data sets to put on it."""
 
+import csv
 import gzip
 import hashlib
 import http.server
+import importlib
 import io
 import struct
 import tarfile
@@ -12,6 +14,8 @@ import numpy as np
 import tensorflow_datasets
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.image_classification import cifar, mnist
+
+from jaxeco.data import prepare
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
            "dog", "frog", "horse", "ship", "truck")  # fmt: skip
@@ -52,7 +56,7 @@ class Server:
         self.released = threading.Event()
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self):
         self.released.set()
@@ -73,13 +77,18 @@ def cifar_archive(rng):
         if n == 4:
             train += zip(x_NxCxHxW.transpose(0, 2, 3, 1), y_N, strict=True)
     files["batches.meta.txt"] = "\n".join([*CLASSES, ""]).encode()
+    return tar({f"cifar-10-batches-bin/{name}": data for name, data in files.items()}), train
+
+
+def tar(files):
+    """A .tar.gz of `files` (path -> bytes)."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, data in files.items():
-            entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            entry = tarfile.TarInfo(name)
             entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-    return buffer.getvalue(), train
+            archive.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
 
 
 def url_info(data, filename, checksum=None):
@@ -121,3 +130,59 @@ def serve_mnist(server, monkeypatch, train=12, test=5):
     monkeypatch.setattr(mnist, "_TEST_EXAMPLES", test)
     monkeypatch.setattr(mnist.MNIST, "url_infos", infos)
     return examples
+
+
+def _serve(server, monkeypatch, name, url, data, filename):
+    """Points tfds's own builder of `name`, which downloads from `url`, at the server."""
+    builder = tensorflow_datasets.builder_cls(name)
+    opened = prepare._open
+    here = f"/{name}/{filename}"
+    server.files[here] = data
+
+    def redirected(asked, verify):
+        return opened(server.url + here if asked == url else asked, verify)
+
+    monkeypatch.setattr(prepare, "_open", redirected)
+    monkeypatch.setattr(builder, "url_infos", {url: url_info(data, filename)})
+
+
+def _module(name):
+    return importlib.import_module(f"tensorflow_datasets.datasets.{name}.{name}_dataset_builder")
+
+
+def serve_tiny_shakespeare(server, monkeypatch, text):
+    github = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
+    url = f"{github}/data/tinyshakespeare/input.txt"
+    _serve(server, monkeypatch, "tiny_shakespeare", url, text.encode(), "input.txt")
+
+
+def serve_imdb_reviews(server, monkeypatch, train, test, unlabelled):
+    """Reviews as (text, "neg" or "pos"), and texts without a label."""
+    files = {f"train/unsup/{i}_0.txt": text for i, text in enumerate(unlabelled)}
+    for split, reviews in (("train", train), ("test", test)):
+        files |= {f"{split}/{label}/{i}_5.txt": text for i, (text, label) in enumerate(reviews)}
+    archive = tar({f"aclImdb/{name}": text.encode() for name, text in files.items()})
+    url = _module("imdb_reviews")._DOWNLOAD_URL
+    _serve(server, monkeypatch, "imdb_reviews", url, archive, "aclImdb_v1.tar.gz")
+
+
+def serve_ag_news(server, monkeypatch, train, test):
+    """Articles as (class from 1 on, title, description)."""
+    files = {}
+    for split, articles in (("train", train), ("test", test)):
+        rows = io.StringIO()
+        csv.writer(rows, quoting=csv.QUOTE_ALL).writerows(articles)
+        files[f"ag_news_csv/{split}.csv"] = rows.getvalue().encode()
+    url = _module("ag_news_subset")._DOWNLOAD_URL
+    _serve(server, monkeypatch, "ag_news_subset", url, tar(files), "ag_news_csv.tar.gz")
+
+
+def serve_lm1b(server, monkeypatch, train, test):
+    """Lines of training and heldout text."""
+    module = _module("lm1b")
+    formats = (module._TRAIN_FILE_FORMAT, train), (module._HELDOUT_FILE_FORMAT, test)
+    files = {
+        pattern.replace("*", "00001-of-00100"): "".join(f"{line}\n" for line in lines).encode()
+        for pattern, lines in formats
+    }
+    _serve(server, monkeypatch, "lm1b", module._DOWNLOAD_URL, tar(files), "lm1b.tar.gz")

@@ -2,23 +2,77 @@
 
 from jaxeco.data.dataset import Dataset, Source
 from jaxeco.data.image import Crop, Cutout, Flip, Normalize, augmented
+from jaxeco.data.numbers import NumberWords
 from jaxeco.data.pipeline import Feed, assemble, fits
 from jaxeco.data.sources import Arrays, Digits, ImageFolder
+from jaxeco.data.text import (
+    Documents,
+    JsonLines,
+    PydocTopics,
+    StdlibDocstrings,
+    TextFiles,
+    Texts,
+    TextSource,
+    TfdsText,
+)
 from jaxeco.data.tfds import Tfds
+from jaxeco.data.tokenizers import (
+    MASK,
+    PAD,
+    SEPARATOR,
+    Bpe,
+    Bytes,
+    Characters,
+    Tokenizer,
+    TokenizerFile,
+    load_tokenizer,
+)
+from jaxeco.data.tokens import (
+    LabelledText,
+    MaskTokens,
+    PackedText,
+    TextPairs,
+    TextWindows,
+    Translation,
+)
 
 __all__ = [
+    "MASK",
+    "PAD",
+    "SEPARATOR",
     "Arrays",
+    "Bpe",
+    "Bytes",
+    "Characters",
     "Crop",
     "Cutout",
     "Dataset",
     "Digits",
+    "Documents",
     "Feed",
     "Flip",
     "ImageFolder",
+    "JsonLines",
+    "LabelledText",
+    "MaskTokens",
     "Normalize",
+    "NumberWords",
+    "PackedText",
+    "PydocTopics",
     "Source",
+    "StdlibDocstrings",
+    "TextFiles",
+    "TextPairs",
+    "TextSource",
+    "TextWindows",
+    "Texts",
     "Tfds",
+    "TfdsText",
+    "Tokenizer",
+    "TokenizerFile",
+    "Translation",
     "assemble",
     "augmented",
     "fits",
+    "load_tokenizer",
 ]

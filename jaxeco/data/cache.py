@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from jaxeco import runtime
 from jaxeco.errors import UserError
 
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
+Growing = Mapping[str, tuple[tuple[int | None, ...], np.dtype]]
 Block = Mapping[str, np.ndarray]
 
 # Checksums read at most this much of an array: about 0.3 s, whatever the size of the data.
@@ -33,14 +34,14 @@ CHECKED_BYTES = 512 * 2**20
 
 
 def cached(
-    name: str, source: Any, layout: Layout, blocks: Callable[[], Iterable[Block]]
+    name: str, source: Any, layout: Growing, blocks: Callable[[], Iterable[Block]]
 ) -> tuple[dict[str, np.ndarray], str]:
     """The arrays of entry `name`, first decoded if they are not there, stale or damaged.
 
     Args:
       name: the entry's folder, unique to what it holds.
       source: what the arrays are made from, as JSON; an entry made from anything else is replaced.
-      layout: shape and dtype of each field.
+      layout: shape and dtype of each field; None for a first dimension known only at the end.
       blocks: gives all examples in order, some at a time: {field: array [n, ...]}.
 
     Returns:
@@ -98,7 +99,7 @@ def _load(folder: Path, source: Any) -> tuple[dict[str, np.ndarray], str]:
 
 
 def _write(
-    folder: Path, source: Any, layout: Layout, blocks: Callable[[], Iterable[Block]]
+    folder: Path, source: Any, layout: Growing, blocks: Callable[[], Iterable[Block]]
 ) -> None:
     for abandoned in folder.parent.glob(f"{folder.name}.partial-*"):
         shutil.rmtree(abandoned, ignore_errors=True)  # of a killed process: we hold the lock
@@ -109,11 +110,10 @@ def _write(
             for field, (shape, dtype) in layout.items()
         }
         with ExitStack() as stack:
-            files = {}
-            for field, (shape, dtype) in layout.items():
+            files, rows = {}, dict.fromkeys(layout, 0)
+            for field in layout:
                 files[field] = stack.enter_context((partial / f"{field}.npy").open("wb"))
-                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_2_0(files[field], header)
+                _write_header(files[field], *layout[field], rows=0)
             # Written in order rather than into a memory map, which a full disk would kill with
             # SIGBUS instead of an error.
             for block in blocks():
@@ -121,6 +121,9 @@ def _write(
                     data = np.ascontiguousarray(values, layout[field][1]).data
                     files[field].write(data)
                     digests[field].update(data)
+                    rows[field] += len(values)
+            for field, file in files.items():
+                _write_header(file, *layout[field], rows=rows[field])
         written = {field: np.load(partial / f"{field}.npy", mmap_mode="r") for field in layout}
         meta = {
             "source": source,
@@ -136,6 +139,16 @@ def _write(
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_header(
+    file: BinaryIO, shape: tuple[int | None, ...], dtype: np.dtype, rows: int
+) -> None:
+    """The header has the same length for any number of rows: numpy leaves room for it to grow."""
+    known = tuple(rows if size is None else size for size in shape)
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": known}
+    file.seek(0)
+    np.lib.format.write_array_header_2_0(file, header)
 
 
 def _description(array: np.ndarray) -> dict[str, Any]:

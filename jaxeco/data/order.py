@@ -5,7 +5,6 @@ and the order does not depend on how many devices or reading threads there are. 
 of the *global* batch; whoever holds a part of it cuts that part out afterwards.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -27,13 +26,26 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     Returns:
       i64[size], every index in [0, size) once; read-only, because it is shared between callers.
     """
+    order = np.argsort(_words(seed, epoch, size), kind="stable").astype(np.int64, copy=False)
+    order.flags.writeable = False
+    return order
+
+
+def offset(seed: int, epoch: int, stride: int) -> int:
+    """Where an epoch's first window begins: uniform over [0, stride).
+
+    The remainder of a raw word (its bias is below stride / 2**64) from the same generator, at a
+    counter that no permutation gets to.
+    """
+    return int(_words(seed, epoch, 1, counter=2**192)[0] % np.uint64(stride)) if stride > 1 else 0
+
+
+def _words(seed: int, epoch: int, size: int, counter: int = 0) -> np.ndarray:
     for name, value in (("seed", seed), ("epoch", epoch)):
         if not 0 <= value < 2**64:
             raise ValueError(f"{name}: got {value}, expected an integer in [0, 2**64)")
-    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
-    order = np.argsort(words, kind="stable").astype(np.int64, copy=False)
-    order.flags.writeable = False
-    return order
+    key = np.array([seed, epoch], np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(size)
 
 
 def steps_per_epoch(batch: int, size: int) -> int:
@@ -49,29 +61,33 @@ def steps_per_epoch(batch: int, size: int) -> int:
     return size // batch
 
 
-def indices(seed: int, step: int, batch: int, size: int) -> np.ndarray:
-    """The examples of one training step.
+def indices(seed: int, step: int, batch: int, size: int, stride: int = 1) -> np.ndarray:
+    """The rows of one training step.
 
-    Each epoch of `size // batch` steps goes through its own permutation and leaves out its last
-    `size % batch` examples, which are others every time.
+    An epoch's examples are the `size // stride` rows that lie `stride` apart from its `offset` on.
+    In `size // stride // batch` steps it goes through them by its own permutation and leaves out
+    the remainder, which is another every time.
 
     Args:
       seed: an integer in [0, 2**64).
       step: steps taken before this one, counted from the start of the run.
       batch: examples in the global batch.
-      size: examples in the data set.
+      size: rows in the data set.
+      stride: rows from one example of an epoch to the next; see `Dataset.stride`.
 
     Returns:
-      i64[batch], distinct, in [0, size); read-only.
+      i64[batch], distinct, in [0, size).
 
     Raises:
       ValueError: if the batch is larger than the data set, or an argument is negative.
     """
-    steps = steps_per_epoch(batch, size)
+    examples = size // stride
+    steps = steps_per_epoch(batch, examples)
     if step < 0:
         raise ValueError(f"step: got {step}, expected at least 0")
     epoch, position = divmod(step, steps)
-    return permutation(seed, epoch, size)[position * batch : (position + 1) * batch]
+    chosen = permutation(seed, epoch, examples)[position * batch : (position + 1) * batch]
+    return offset(seed, epoch, stride) + stride * chosen
 
 
 def eval_steps(batch: int, size: int) -> int:
@@ -95,9 +111,3 @@ def eval_indices(step: int, batch: int, size: int) -> tuple[np.ndarray, np.ndarr
         raise ValueError(f"step: got {step}, expected one of {eval_steps(batch, size)} batches")
     index = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
     return np.minimum(index, size - 1), (index < size).astype(np.float32)
-
-
-def eval_batches(size: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All `eval_indices` in turn: together they count every example exactly once."""
-    for step in range(eval_steps(batch, size)):
-        yield eval_indices(step, batch, size)

@@ -1,6 +1,6 @@
 """From a data set to batches, by step, in one of two ways that differ only in speed and memory.
 
-Resident: all examples lie decoded on the device, and a step is fed nothing but indices. Streaming:
+Resident: all examples lie decoded on the device, and a step is fed nothing but rows. Streaming:
 threads decode batches ahead of the step that wants them. The batches are the same, bit for bit, and
 either way a batch is a function of the step alone: nothing to save, nothing to skip.
 
@@ -27,9 +27,14 @@ Fields = dict[str, np.ndarray]
 _THREADS = min(8, os.cpu_count() or 1)
 
 
+# A device counts in int32; the rest is for a window that begins at the last row.
+_ROWS = 2**31 - 2**20
+
+
 def fits(dataset: Dataset, limit_bytes: float) -> bool:
     """Whether the decoded examples take at most `limit_bytes`, and may so be made resident."""
-    return dataset.nbytes <= limit_bytes
+    rows = max(array.shape[0] for array in dataset.arrays.values())
+    return dataset.nbytes <= limit_bytes and rows <= _ROWS
 
 
 class Feed:
@@ -39,7 +44,7 @@ class Feed:
       dataset: where the examples come from.
       batch: B, examples in a batch.
       steps: batches in one pass over the data. Training goes on after it, evaluation ends.
-      resident: device arrays [N, ...] by field, or {} when streaming.
+      resident: fields on the device, arrays [N, ...] or pytrees of arrays; {} when streaming.
     """
 
     dataset: Dataset
@@ -56,16 +61,18 @@ class Feed:
         *,
         ends: bool,
         resident: bool,
-        place: Callable[[Fields], dict[str, Any]],
+        place: Callable[[Any], Any],
     ):
-        """Use the named constructors. `plan(step)` gives "index", i32[B], and maybe "mask"."""
+        """Use the named constructors. `plan(step)` gives "row", and maybe "index" and "mask"."""
         self.dataset, self.batch, self.steps = dataset, batch, steps
         self._plan = plan
         self._stop = steps if ends else 2**62
         self._reader: Any = None
         self._next = 0  # the step that the reader gives next
-        whole = {name: _whole(field) for name, field in dataset.fields.items()} if resident else {}
-        self.resident = place(whole) if resident else {}
+        self.resident = {}
+        if resident:
+            placed = place({key: _whole(array) for key, array in dataset.arrays.items()})
+            self.resident = jax.tree.map(lambda array: placed[id(array)], dict(dataset.fields))
 
     @classmethod
     def training(
@@ -75,7 +82,7 @@ class Feed:
         seed: int,
         *,
         resident: bool,
-        place: Callable[[Fields], dict[str, Any]] = jax.device_put,
+        place: Callable[[Any], Any] = jax.device_put,
     ) -> Self:
         """Shuffled batches without end; the remainder of an epoch is dropped (`order.indices`).
 
@@ -84,15 +91,15 @@ class Feed:
           batch: examples in the global batch.
           seed: of the order, an integer in [0, 2**64).
           resident: whether the examples lie on the device; see `fits`.
-          place: puts the resident fields there, once, e.g. replicated over a mesh.
+          place: puts a pytree of arrays there, once, e.g. replicated over a mesh.
 
         Raises:
-          ValueError: if the batch is larger than the data set.
+          ValueError: if the batch is larger than a pass.
         """
-        steps = order.steps_per_epoch(batch, len(dataset))
+        steps = order.steps_per_epoch(batch, dataset.training_examples)
 
         def plan(step: int) -> Fields:
-            return {"index": order.indices(seed, step, batch, len(dataset)).astype(np.int32)}
+            return {"row": order.indices(seed, step, batch, len(dataset), dataset.stride)}
 
         return cls(dataset, batch, steps, plan, ends=False, resident=resident, place=place)
 
@@ -103,14 +110,21 @@ class Feed:
         batch: int,
         *,
         resident: bool,
-        place: Callable[[Fields], dict[str, Any]] = jax.device_put,
+        place: Callable[[Any], Any] = jax.device_put,
     ) -> Self:
-        """Every example once, in order, in `steps` batches of one size; padding has mask 0."""
-        size = len(dataset)
+        """Every example once, in order, in `steps` batches of one size; padding has mask 0.
+
+        A batch also holds "index", i32[B]: which of the split's examples each is, from 0.
+        """
+        size = dataset.eval_examples
 
         def plan(step: int) -> Fields:
             index, mask = order.eval_indices(step, batch, size)
-            return {"index": index.astype(np.int32), "mask": mask}
+            return {
+                "row": index * dataset.stride,
+                "index": index.astype(np.int32),
+                "mask": mask,
+            }
 
         steps = order.eval_steps(batch, size)
         return cls(dataset, batch, steps, plan, ends=True, resident=resident, place=place)
@@ -118,9 +132,9 @@ class Feed:
     def fed(self, step: int, n: int = 1) -> Fields:
         """What `n` steps from `step` on are fed: host arrays with leading dimensions [n, B].
 
-        Resident: "index" i32[n, B]. Streaming: the examples themselves. In an evaluation also
-        "mask" f32[n, B]. Steps asked for one after another are read ahead; any other step starts
-        the reader anew, which costs no more than the first batch did.
+        Resident: "row" i32[n, B]. Streaming: the examples themselves. In an evaluation also
+        "index" i32[n, B] and "mask" f32[n, B]. Steps asked for one after another are read ahead;
+        any other step starts the reader anew, which costs no more than the first batch did.
 
         Raises:
           ValueError: if an evaluation has no such steps.
@@ -131,7 +145,7 @@ class Feed:
         if step + n > self._stop:
             raise ValueError(f"got steps up to {step + n}, expected at most {self._stop} of them")
         batches = [self._plan(step + i) for i in range(n)] if self.resident else self._read(step, n)
-        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+        return {name: _host(np.stack([batch[name] for batch in batches])) for name in batches[0]}
 
     def close(self) -> None:
         """Tells the reading threads to end, once each is through with the batch it is at.
@@ -170,8 +184,8 @@ class Feed:
 
     def _gather(self, step: int) -> Fields:
         plan = self._plan(int(step))
-        index = plan.pop("index")
-        return {name: _host(field[index]) for name, field in self.dataset.fields.items()} | plan
+        row = plan.pop("row")
+        return {name: _host(field[row]) for name, field in self.dataset.fields.items()} | plan
 
 
 def assemble(resident: dict[str, Any], fed: dict[str, Any]) -> dict[str, jax.Array]:
@@ -184,14 +198,18 @@ def assemble(resident: dict[str, Any], fed: dict[str, Any]) -> dict[str, jax.Arr
       fed: `Feed.fed` for one step, i.e. without the leading n.
 
     Returns:
-      "x", "y" and every other field [B, ...], and "mask" f32[B], all ones unless it was fed.
+      "x", "y" and every other field [B, ...], and "mask" f32[B], all ones unless it was fed; in
+      an evaluation also "index" i32[B].
     """
     batch = {name: jnp.asarray(value) for name, value in fed.items()}
     if resident:
-        index = batch.pop("index")
+        row = batch.pop("row")
         for name, field in resident.items():
-            # Our own indices are within bounds; saying so spares a comparison per element.
-            batch[name] = jnp.asarray(field).at[index].get(mode="promise_in_bounds")
+            if isinstance(field, jax.Array | np.ndarray):
+                # Our own rows are within bounds; saying so spares a comparison per element.
+                batch[name] = jnp.asarray(field).at[row].get(mode="promise_in_bounds")
+            else:
+                batch[name] = field[row]
     if "mask" not in batch:
         batch["mask"] = jnp.ones(len(next(iter(batch.values()))), jnp.float32)
     return batch

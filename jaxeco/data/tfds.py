@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,15 +66,8 @@ class Tfds:
           UserError: unknown name, feature or split; no network; damaged or unsuitable data.
         """
         with without_tensorflow():
-            parts = _parse(self.split)
-            builder = self._builder()
-            self._image_shape(builder)  # a wrong feature is found before a long download
-            if not Path(builder.data_dir).exists():
-                prepare(builder)
-                builder = self._builder()
-            selected = []
-            for split, start, stop in _absolute(parts, builder, self.split):
-                selected.append((*self._whole(builder, split), start, stop))
+            builder, parts = opened(self.name, self.split, self.data_dir, self._image_shape)
+            selected = [(*self._whole(builder, split), start, stop) for split, start, stop in parts]
             label = builder.info.features[self.y]
         prints = [(digest, start, stop) for _, digest, start, stop in selected]
         return Dataset(
@@ -83,47 +76,18 @@ class Tfds:
                 for key in ("x", "y")
             },
             classes=tuple(getattr(label, "names", ())),
-            name=f"{_title(builder)} {self.split} (tfds)",
+            name=f"{title_of(builder)} {self.split} (tfds)",
             fingerprint=hashlib.blake2b(json.dumps(prints).encode(), digest_size=16).hexdigest(),
         )
-
-    def _builder(self) -> Any:
-        import tensorflow_datasets as tfds
-        from tensorflow_datasets.core import naming, registered
-
-        root = self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        try:
-            name, _ = naming.parse_builder_name_kwargs(self.name)
-            if name.namespace:
-                raise ValueError(f"{name.namespace} is not part of tfds itself")
-            return tfds.builder(self.name, data_dir=os.path.expanduser(root))
-        except registered.DatasetNotFoundError as error:
-            near = _nearest(name.name, tfds.list_builders(with_community_datasets=False))
-            raise UserError(f"tfds has no data set {self.name!r}{near}") from error
-        except Exception as error:  # a version, a configuration, the spelling; or the builder's own
-            message = str(error).rpartition('}": ')[2].partition(" Here are")[0]
-            message = message.strip().partition("\n")[0] or type(error).__name__
-            if "BuilderConfig" in message:
-                configs = ", ".join(tfds.builder_cls(name.name).builder_configs) or "none"
-                message += f" It has these: {configs}."
-            raise UserError(f"tfds cannot give data set {self.name!r}: {message}") from error
 
     def _image_shape(self, builder: Any) -> tuple[int, int, int]:
         """(H, W, C) of x; raises UserError if x or y cannot serve."""
         import tensorflow_datasets as tfds
 
-        features, title = builder.info.features, _title(builder)
-        for feature in (self.x, self.y):
-            if feature not in features:
-                near = _nearest(feature, features)
-                raise UserError(
-                    f"{title} has no feature {feature!r}{near}; it has {', '.join(features)}"
-                )
-        x, y = features[self.x], features[self.y]
+        x, title = feature(builder, self.x), title_of(builder)
         if not isinstance(x, tfds.features.Image) or x.np_dtype != np.uint8:
             raise UserError(f"x must be an image of uint8, but {title}'s {self.x!r} is {x}")
-        if y.shape != () or not np.issubdtype(y.np_dtype, np.integer):
-            raise UserError(f"y must be a class or an integer, but {title}'s {self.y!r} is {y}")
+        check_label(builder, "y", self.y)
         if len(x.shape) != 3 or x.shape[-1] not in MODES:
             raise UserError(
                 f"x must be an image of 1, 3 or 4 channels, but {title}'s {self.x!r} has shape "
@@ -141,16 +105,7 @@ class Tfds:
 
     def _whole(self, builder: Any, split: str) -> tuple[Mapping[str, Field], str]:
         """x and y of all examples of a split, and a digest of their content."""
-        info, title, folder = builder.info, _title(builder), Path(builder.data_dir)
-        files = [folder / "dataset_info.json", folder / "features.json"]
-        files += [Path(path) for path in info.splits[split].filepaths]
-        try:
-            stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        except OSError as error:
-            raise UserError(
-                f"{title} at {folder} is not complete: {error.filename}: {error.strerror}; remove "
-                "that folder to have it prepared again, or copy it there anew"
-            ) from error
+        stats, described = listed(builder, split)
         records = _Records(builder, split, self, self._image_shape(builder))
         layout: Layout = {
             "x": ((len(records), *records.shape), np.dtype(np.uint8)),
@@ -158,24 +113,24 @@ class Tfds:
         }
         options = [self.x, self.y, self.image_size]
         if int(np.prod(layout["x"][0], dtype=np.int64)) > CACHE_BYTES:
-            known = [file.read_text() for file in files[:2]], [stat[:2] for stat in stats], options
+            known = described, [stat[:2] for stat in stats], options
             digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
             return {key: _OnDemand(records, key, *spec) for key, spec in layout.items()}, digest
-        key = hashlib.blake2b(json.dumps([str(folder.resolve()), options]).encode(), digest_size=4)
-        name = f"{info.full_name.replace('/', '-')}-{split}-{key.hexdigest()}"
+        where = str(Path(builder.data_dir).resolve())
+        key = hashlib.blake2b(json.dumps([where, options]).encode(), digest_size=4)
+        name = f"{builder.info.full_name.replace('/', '-')}-{split}-{key.hexdigest()}"
         source = json.loads(json.dumps([stats, options]))  # as it will be read back
         return cached(name, source, layout, records.blocks)
 
 
-class _Records:
-    """The encoded examples of one whole split."""
+class Records:
+    """The encoded examples of one whole split, by index."""
 
-    def __init__(self, builder: Any, split: str, of: Tfds, shape: tuple[int, int, int]):
+    def __init__(self, builder: Any, split: str):
         from tensorflow_datasets import decode
         from tensorflow_datasets.proto import tf_example_pb2
 
-        self.title, self.split, self.shape = _title(builder), split, shape
-        self.x, self.y, self.resize = of.x, of.y, of.image_size is not None
+        self.title, self.split = title_of(builder), split
         self.parse = tf_example_pb2.Example.FromString
         self.files = builder.info.splits[split].file_instructions
         try:
@@ -193,23 +148,53 @@ class _Records:
     def __len__(self) -> int:
         return sum(file.take for file in self.files)
 
+    def decoded(self, indices: Sequence[int], decode: Callable[[Any], Any]) -> Iterator[Any]:
+        """`decode` of each example's features, {name: tf.train.Feature}.
+
+        Raises:
+          UserError: a record cannot be read or decoded.
+        """
+        try:
+            encoded = self.raw.__getitems__(indices) if indices else []
+        except Exception:  # which of them it was shows only when they are read one by one
+            encoded = [None] * len(indices)
+        for index, record in zip(indices, encoded, strict=True):
+            try:
+                value = decode(self.parse(record or self.raw[index]).features.feature)
+            except Exception as error:
+                raise UserError(self._damage(index, error)) from error
+            yield value
+
+    def _damage(self, index: int, error: Exception) -> str:
+        ends = list(itertools.accumulate(file.take for file in self.files))
+        file = self.files[bisect.bisect_right(ends, index)].filename
+        return (
+            f"{self.title} {self.split}: record {index} is damaged, in {file} "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); remove "
+            f"{os.path.dirname(file)} to have it prepared again, or copy that file there anew"
+        )
+
+
+class _Records(Records):
+    """Images and labels of one whole split."""
+
+    def __init__(self, builder: Any, split: str, of: Tfds, shape: tuple[int, int, int]):
+        super().__init__(builder, split)
+        self.shape, self.resize = shape, of.image_size is not None
+        self.x, self.y = of.x, of.y
+
     def read(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
         """Decodes examples: {"x": uint8 [B, H, W, C], "y": int32 [B]}."""
         indices = [int(index) for index in indices]
         x_BxHxWxC = np.empty((len(indices), *self.shape), np.uint8)
         y_B = np.empty(len(indices), np.int32)
-        try:
-            encoded = self.raw.__getitems__(indices) if indices else []
-        except Exception:  # which of them it was shows only when they are read one by one
-            encoded = [None] * len(indices)
-        for i, (index, record) in enumerate(zip(indices, encoded, strict=True)):
-            try:
-                features = self.parse(record or self.raw[index]).features.feature
-                x_BxHxWxC[i] = self._image(features[self.x].bytes_list.value[0])
-                y_B[i] = features[self.y].int64_list.value[0]
-            except Exception as error:
-                raise UserError(self._damage(index, error)) from error
+        for i, (image, label) in enumerate(self.decoded(indices, self._example)):
+            x_BxHxWxC[i], y_B[i] = image, label
         return {"x": x_BxHxWxC, "y": y_B}
+
+    def _example(self, features: Any) -> tuple[np.ndarray, int]:
+        image = self._image(features[self.x].bytes_list.value[0])
+        return image, features[self.y].int64_list.value[0]
 
     def blocks(self) -> Iterator[dict[str, np.ndarray]]:
         """All examples in order, about 2 MiB at a time, decoded by as many threads as cores."""
@@ -241,15 +226,6 @@ class _Records:
                 left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
                 image = image.crop((left, top, left + width, top + height))
             return np.asarray(image).reshape(self.shape)
-
-    def _damage(self, index: int, error: Exception) -> str:
-        ends = list(itertools.accumulate(file.take for file in self.files))
-        file = self.files[bisect.bisect_right(ends, index)].filename
-        return (
-            f"{self.title} {self.split}: record {index} is damaged, in {file} "
-            f"({type(error).__name__}: {' '.join(str(error).split())}); remove "
-            f"{os.path.dirname(file)} to have it prepared again, or copy that file there anew"
-        )
 
 
 @dataclass(frozen=True)
@@ -299,6 +275,92 @@ def _select(parts: list[tuple[Any, int, int]]) -> Field:
     return _Joined(tuple(parts))
 
 
+def opened(
+    name: str, split: str, data_dir: str | os.PathLike[str] | None, check: Callable[[Any], Any]
+) -> tuple[Any, list[tuple[str, int, int]]]:
+    """A data set of tfds, prepared if need be; call it within `without_tensorflow`.
+
+    Args:
+      name, split, data_dir: as in `Tfds`.
+      check: of the builder; what it raises is raised before a long download.
+
+    Returns:
+      The builder, and (split, start, stop) of each part of `split` that has examples.
+
+    Raises:
+      UserError: unknown name or split; the set cannot be prepared.
+    """
+    parts = _parse(split)
+    builder = _builder(name, data_dir)
+    check(builder)
+    if not Path(builder.data_dir).exists():
+        prepare(builder)
+        builder = _builder(name, data_dir)
+    return builder, _absolute(parts, builder, split)
+
+
+def _builder(data_set: str, data_dir: str | os.PathLike[str] | None) -> Any:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import naming, registered
+
+    root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    try:
+        name, _ = naming.parse_builder_name_kwargs(data_set)
+        if name.namespace:
+            raise ValueError(f"{name.namespace} is not part of tfds itself")
+        return tfds.builder(data_set, data_dir=os.path.expanduser(root))
+    except registered.DatasetNotFoundError as error:
+        near = _nearest(name.name, tfds.list_builders(with_community_datasets=False))
+        raise UserError(f"tfds has no data set {data_set!r}{near}") from error
+    except Exception as error:  # a version, a configuration, the spelling; or the builder's own
+        message = str(error).rpartition('}": ')[2].partition(" Here are")[0]
+        message = message.strip().partition("\n")[0] or type(error).__name__
+        if "BuilderConfig" in message:
+            configs = ", ".join(tfds.builder_cls(name.name).builder_configs) or "none"
+            message += f" It has these: {configs}."
+        raise UserError(f"tfds cannot give data set {data_set!r}: {message}") from error
+
+
+def feature(builder: Any, name: str) -> Any:
+    """A feature by its name; UserError if there is none."""
+    features = builder.info.features
+    if name not in features:
+        near = _nearest(name, features)
+        raise UserError(
+            f"{title_of(builder)} has no feature {name!r}{near}; it has {', '.join(features)}"
+        )
+    return features[name]
+
+
+def check_label(builder: Any, field: str, name: str) -> None:
+    """UserError unless the feature `name`, given as `field`, is a class or an integer."""
+    label = feature(builder, name)
+    if label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
+        raise UserError(
+            f"{field} must be a class or an integer, but {title_of(builder)}'s {name!r} is {label}"
+        )
+
+
+def listed(builder: Any, split: str) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """Name, bytes and time (ns) of a split's files, and the text of those that describe it.
+
+    Raises:
+      UserError: a file is missing.
+    """
+    folder = Path(builder.data_dir)
+    files = [folder / "dataset_info.json", folder / "features.json"]
+    try:
+        described = [file.read_text() for file in files]
+        files += [Path(path) for path in builder.info.splits[split].filepaths]
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError as error:
+        raise UserError(
+            f"{title_of(builder)} at {folder} is not complete: {error.filename}: {error.strerror}; "
+            "remove that folder to have it prepared again, or copy it there anew"
+        ) from error
+    return stats, described
+
+
 def _parse(split: str) -> Any:
     import tensorflow_datasets as tfds
 
@@ -317,7 +379,7 @@ def _absolute(parts: Any, builder: Any, split: str) -> list[tuple[str, int, int]
     splits = dict(builder.info.splits.items())
     if not splits:
         raise UserError(
-            f"{_title(builder)} at {builder.data_dir} is not complete: dataset_info.json is not "
+            f"{title_of(builder)} at {builder.data_dir} is not complete: dataset_info.json is not "
             "there, or names no split; remove that folder to have it prepared again"
         )
     sizes = ", ".join(f"{name} ({info.num_examples})" for name, info in splits.items())
@@ -330,11 +392,11 @@ def _absolute(parts: Any, builder: Any, split: str) -> list[tuple[str, int, int]
     except (ValueError, AssertionError) as error:
         message = " ".join(str(error).split())
         raise UserError(
-            f"{_title(builder)} has no split {split!r}: {message} It has {sizes}"
+            f"{title_of(builder)} has no split {split!r}: {message} It has {sizes}"
         ) from error
     found = [part for part in found if part[1] < part[2]]
     if not found:
-        raise UserError(f"{_title(builder)}: {split!r} selects no examples; it has {sizes}")
+        raise UserError(f"{title_of(builder)}: {split!r} selects no examples; it has {sizes}")
     return found
 
 
@@ -343,6 +405,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _title(builder: Any) -> str:
+def title_of(builder: Any) -> str:
     name, _, version = builder.info.full_name.rpartition("/")
     return f"{name}:{version}"
