@@ -16,16 +16,16 @@ the fields that are Python numbers are checked.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 
-from jaxeco.schedules import FRACTION, NOT_NEGATIVE, POSITIVE, Constant, Schedule, require
+from jaxeco.schedules import FRACTION, NOT_NEGATIVE, POSITIVE, Constant, Range, Schedule, require
+from jaxeco.trees import check_pattern, listed, map_named, named
 
 
 class Optimizer(ABC):
@@ -38,6 +38,10 @@ class Optimizer(ABC):
     @abstractmethod
     def learning_rate(self, step: int, total_steps: int) -> float:
         """The learning rate that step `step` uses, for the log. Computed on the host."""
+
+    def trains(self, params: Any) -> Any:
+        """Which parameters it changes at all: a tree of booleans. Only the tree's names matter."""
+        return jax.tree.map(lambda _: True, params)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class GradientDescent(Optimizer):
             require(self, NOT_NEGATIVE, "lr")
         require(self, NOT_NEGATIVE, "l1", "l2")
         for pattern in self.no_decay:
-            _check_pattern(f"{type(self).__name__}.no_decay", pattern)
+            check_pattern(f"{type(self).__name__}.no_decay", pattern)
 
     def build(self, total_steps: int) -> optax.GradientTransformation:
         return optax.chain(
@@ -91,7 +95,7 @@ class GradientDescent(Optimizer):
             g = g if _is_zero(l1) else g + l1 * jnp.sign(w)
             return g if _is_zero(l2) else g + l2 * w
 
-        return optax.stateless(lambda updates, params: _map_named(add, updates, params))
+        return optax.stateless(lambda updates, params: map_named(add, updates, params))
 
 
 @dataclass(frozen=True)
@@ -258,7 +262,9 @@ class Muon(GradientDescent):
     A parameter is a weight matrix if `matrices`, a regular expression, matches its whole path
     ("block/conv/kernel") and it has two axes or more. More than two are read as a convolution's,
     (H, W, in, out) -> (H·W·in, out); do not let `matrices` match kernels whose *output* has several
-    axes, such as an attention's (in, heads, width).
+    axes, such as an attention's (in, heads, width), or whose first axis counts layers. Embeddings
+    are none as it is; the head of a language model should be none either (Jordan et al. 2024):
+    matrices=".*/block_.*/kernel".
 
     Raises at initialisation:
       ValueError: no parameter of the model is a weight matrix.
@@ -283,33 +289,33 @@ class Muon(GradientDescent):
             raise ValueError(f"Muon.ns_steps={self.ns_steps!r}: expected an int of at least 1")
         if self.consistent_rms is not None:
             require(self, POSITIVE, "consistent_rms")
-        _check_pattern("Muon.matrices", self.matrices)
+        check_pattern("Muon.matrices", self.matrices)
 
     def build(self, total_steps: int) -> optax.GradientTransformation:
-        def labels(params: Any) -> Any:
-            chosen = _map_named(
-                lambda path, w: w.ndim > 1 and bool(re.fullmatch(self.matrices, path)), params
-            )
-            if not any(jax.tree.leaves(chosen)):
-                raise ValueError(
-                    f"Muon.matrices={self.matrices!r} matches no parameter with two axes or more;"
-                    f" there are {', '.join(_paths(params))}"
-                )
-            return jax.tree.map(lambda is_matrix: "muon" if is_matrix else "rest", chosen)
-
         muon = super().build(total_steps)
         if self.fixed_norm:
             muon = optax.chain(muon, optax.stateless(_to_fixed_norm))
         transforms = {"muon": muon, "rest": self.rest.build(total_steps)}
-        return optax.partition(transforms, labels)
+        return optax.partition(transforms, self._labels)
+
+    def trains(self, params: Any) -> Any:
+        by_label = {"muon": super().trains, "rest": self.rest.trains}
+        return _answers(by_label, self._labels(params), params)
+
+    def _labels(self, params: Any) -> Any:
+        def label(path: str, w: jax.Array) -> str:
+            is_matrix = w.ndim > 1 and re.fullmatch(self.matrices, path)
+            return "muon" if is_matrix else "rest"
+
+        labels = map_named(label, params)
+        if "muon" not in jax.tree.leaves(labels):
+            raise ValueError(
+                f"Muon.matrices={self.matrices!r} matches no parameter with two axes or more;"
+                f" there are {listed(named(params))}"
+            )
+        return labels
 
     def _direction(self) -> optax.GradientTransformation:
-        def as_matrices(tree: Any) -> Any:
-            def axes(w: jax.Array) -> optax.contrib.MuonDimensionNumbers:
-                return optax.contrib.MuonDimensionNumbers(tuple(range(w.ndim - 1)), w.ndim - 1)
-
-            return jax.tree.map(axes, tree)
-
         def size(d: jax.Array) -> jax.Array:
             outputs = d.shape[-1]
             inputs = d.size // outputs
@@ -318,15 +324,63 @@ class Muon(GradientDescent):
             return d * (self.consistent_rms * max(inputs, outputs) ** 0.5)
 
         return optax.chain(
-            optax.contrib.scale_by_muon(
-                ns_steps=self.ns_steps,
-                beta=self.momentum,
-                nesterov=self.nesterov,
-                weight_dimension_numbers=as_matrices,
-            ),
+            _mean_of_gradients(self.momentum, self.nesterov),
+            optax.stateless(lambda updates, params: _orthogonalised(updates, self.ns_steps)),
             optax.stateless(lambda updates, params: jax.tree.map(size, updates)),
             self._add_penalty(0.0, self.weight_decay),
         )
+
+
+class MuonState(NamedTuple):
+    steps: jax.Array  # i32[]
+    mu: Any  # mean of the gradients
+
+
+def _mean_of_gradients(beta: float, nesterov: bool) -> optax.GradientTransformation:
+    """m <- β·m + (1 - β)g, then m/(1 - β^t), as one step further where `nesterov` looks ahead."""
+
+    def init(params: Any) -> MuonState:
+        return MuonState(jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        t = state.steps + 1
+        mu = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.mu, grads)
+
+        def corrected(m: jax.Array, g: jax.Array) -> jax.Array:
+            if not nesterov:
+                return m / (1 - beta**t)
+            return beta * m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+
+        return jax.tree.map(corrected, mu, grads), MuonState(t, mu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _orthogonalised(tree: Any, steps: int) -> Any:
+    """Each leaf [..., out] as a matrix made nearly orthogonal; those of one shape together."""
+    leaves = jax.tree.leaves(tree)
+    matrices = [leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves]
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        alike.setdefault(matrix.shape, []).append(i)
+    for places in alike.values():
+        stacked = _newton_schulz(jnp.stack([matrices[i] for i in places]), steps)
+        for i, matrix in zip(places, stacked):
+            matrices[i] = matrix
+    done = [matrix.reshape(leaf.shape) for matrix, leaf in zip(matrices, leaves)]
+    return jax.tree.unflatten(jax.tree.structure(tree), done)
+
+
+def _newton_schulz(x_NxIxO: jax.Array, steps: int) -> jax.Array:
+    """N matrices made nearly orthogonal by x <- a·x + (b·xxᵀ + c·(xxᵀ)²)x (Jordan et al. 2024)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x_NxIxO.shape[1] > x_NxIxO.shape[2]
+    x = x_NxIxO.mT if tall else x_NxIxO  # so that xxᵀ is the smaller of the two squares
+    x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-8)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if tall else x
 
 
 def _to_fixed_norm(updates: Any, params: Any) -> Any:
@@ -357,7 +411,7 @@ class Partition(Optimizer):
         for rule in self.rules:
             if not isinstance(rule, tuple) or len(rule) != 2:
                 raise ValueError(f"Partition.rules: {rule!r}: expected (pattern, optimizer)")
-            _check_pattern("Partition.rules", rule[0])
+            check_pattern("Partition.rules", rule[0])
             if not isinstance(rule[1], Optimizer | None):
                 raise ValueError(f"Partition.rules: {rule!r}: expected an optimizer, or None")
         if not self._trained():
@@ -369,6 +423,16 @@ class Partition(Optimizer):
             for i, (_, optimizer) in enumerate(self.rules)
         }
         return optax.partition(transforms, self._labels)
+
+    def trains(self, params: Any) -> Any:
+        def frozen(params: Any) -> Any:
+            return jax.tree.map(lambda _: False, params)
+
+        by_label = {
+            f"rule{i}": optimizer.trains if optimizer else frozen
+            for i, (_, optimizer) in enumerate(self.rules)
+        }
+        return _answers(by_label, self._labels(params), params)
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         return self._trained()[0].learning_rate(step, total_steps)
@@ -384,37 +448,95 @@ class Partition(Optimizer):
             patterns = ", ".join(repr(pattern) for pattern, _ in self.rules)
             raise ValueError(f"Partition: no rule matches the parameter {path!r}; of {patterns}")
 
-        labels = _map_named(label, params)
+        labels = map_named(label, params)
         used = set(jax.tree.leaves(labels))
         for i, (pattern, _) in enumerate(self.rules):
             if f"rule{i}" not in used:
                 raise ValueError(
                     f"Partition: no parameter falls under the rule {pattern!r}, by itself or after"
-                    f" the rules before it; there are {', '.join(_paths(params))}"
+                    f" the rules before it; there are {listed(named(params))}"
                 )
         return labels
 
 
-def _map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """tree.map of `function`(path, leaf, ...), with paths such as "block/conv/kernel"."""
-    return jax.tree.map_with_path(lambda path, *leaves: function(_name(path), *leaves), tree, *rest)
+def _answers(by_label: Mapping[str, Callable[[Any], Any]], labels: Any, params: Any) -> Any:
+    """A tree made of what each function says of the parameters that bear its label."""
+
+    def of(label: str) -> Any:
+        return jax.tree.map(lambda a, w: w if a == label else optax.MaskedNode(), labels, params)
+
+    left = {label: iter(jax.tree.leaves(says(of(label)))) for label, says in by_label.items()}
+    return jax.tree.map(lambda label: next(left[label]), labels)
 
 
-def _paths(tree: Any) -> list[str]:
-    return [_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
+@dataclass(frozen=True)
+class Layerwise(Optimizer):
+    """Smaller steps the nearer a layer is to the input (Clark et al. 2020, as "layerwise decay").
 
+    The whole update of `optimizer`, decay of the weights included, is scaled: by 1 for what comes
+    after the blocks, by decay^(L - i) for block i of L, by decay^(L + 1) for the embeddings. The
+    learning rate that is logged is that of the top.
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    Attributes:
+      layers: L, of the deeper one if there are two stacks.
+      block: pattern of the names of parameters in a block; its first group is the block's number.
+      embed: pattern of those before the blocks.
+
+    Raises:
+      ValueError: a field is out of its range; at initialisation: there are not L blocks.
+    """
+
+    optimizer: Optimizer
+    decay: float
+    layers: int
+    block: str = field(default=r"(?:.*/)?block_(\d+)/.*", kw_only=True)
+    embed: str = field(default=r"(?:.*/)?\w+_embed/.*", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.optimizer, Optimizer):
+            raise ValueError(f"Layerwise.optimizer={self.optimizer!r}: expected an optimizer")
+        require(self, Range(lambda v: 0 < v <= 1, "a number above 0, at most 1"), "decay")
+        check_pattern("Layerwise.block", self.block)
+        check_pattern("Layerwise.embed", self.embed)
+        if re.compile(self.block).groups < 1:
+            raise ValueError(
+                f"Layerwise.block={self.block!r}: expected a group: the block's number"
+            )
+
+    def build(self, total_steps: int) -> optax.GradientTransformation:
+        def scale(updates: Any, params: Any) -> Any:
+            depths = self._depths(updates)
+            return jax.tree.map(lambda u, depth: u * self.decay**depth, updates, depths)
+
+        return optax.chain(self.optimizer.build(total_steps), optax.stateless(scale))
+
+    def learning_rate(self, step: int, total_steps: int) -> float:
+        return self.optimizer.learning_rate(step, total_steps)
+
+    def trains(self, params: Any) -> Any:
+        return self.optimizer.trains(params)
+
+    def _depths(self, tree: Any) -> Any:
+        """How many layers each leaf lies below the top."""
+        blocks = {
+            name: int(match[1]) for name in named(tree) if (match := re.fullmatch(self.block, name))
+        }
+        if not blocks:
+            raise ValueError(
+                f"Layerwise.block={self.block!r} matches no parameter;"
+                f" there are {listed(named(tree))}"
+            )
+        if self.layers != (found := 1 + max(blocks.values())):
+            raise ValueError(f"Layerwise.layers={self.layers}: the model has {found} blocks")
+
+        def depth(name: str, _: Any) -> int:
+            if name in blocks:
+                return self.layers - blocks[name]
+            return self.layers + 1 if re.fullmatch(self.embed, name) else 0
+
+        return map_named(depth, tree)
 
 
 def _is_zero(value: Any) -> bool:
     """Whether it is 0 for sure; a traced number is not."""
     return isinstance(value, (int, float)) and value == 0
-
-
-def _check_pattern(name: str, pattern: Any) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None

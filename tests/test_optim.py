@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxeco.optim import SGD, AdaGrad, Adam, AdamW, Momentum, Muon, Partition, RMSProp
+from jaxeco.optim import SGD, AdaGrad, Adam, AdamW, Layerwise, Momentum, Muon, Partition, RMSProp
 from jaxeco.schedules import Cosine, Linear
 
 LR = 0.1
@@ -324,6 +324,74 @@ def test_partition_leaves_no_parameter_and_no_rule_unused():
         assert repr(unused) in str(error.value)
 
 
+TRUNK = {
+    "trunk": {
+        "token_embed": {"embedding": np.full((4, 2), 2.0)},
+        "block_0": {"up": {"kernel": np.full((2, 3), 2.0)}, "norm1": {"scale": np.ones(2)}},
+        "block_1": {"up": {"kernel": np.full((2, 3), 2.0)}},
+        "norm_out": {"scale": np.ones(2)},
+    },
+    "head": {"kernel": np.full((2, 5), 2.0)},
+}
+
+
+@pytest.mark.parametrize("outer", ["", "base"])
+def test_layerwise_scales_the_whole_update(outer):
+    params = {outer: TRUNK} if outer else TRUNK
+    ones = jax.tree.map(np.ones_like, params)
+    optimizer = Layerwise(SGD(LR, weight_decay=0.5), decay=0.5, layers=2)
+    got = train(optimizer, params, [ones])[0]
+    got = got[outer] if outer else got
+    # -lr·(g + weight_decay·w) = -0.1·(1 + 0.5·2) of kernels, -0.1 of scales; w is 2, and 1
+    trunk = got["trunk"]
+    for leaf, expected in (
+        (got["head"]["kernel"], 2 - 0.2),
+        (trunk["norm_out"]["scale"], 1 - 0.1),
+        (trunk["block_1"]["up"]["kernel"], 2 - 0.2 / 2),
+        (trunk["block_0"]["up"]["kernel"], 2 - 0.2 / 4),
+        (trunk["block_0"]["norm1"]["scale"], 1 - 0.1 / 4),
+        (trunk["token_embed"]["embedding"], 2 - 0.2 / 8),
+    ):
+        np.testing.assert_allclose(leaf, np.full(leaf.shape, expected), rtol=1e-6)
+    assert optimizer.learning_rate(0, 10) == pytest.approx(LR)
+
+
+def test_layerwise_counts_blocks_as_numbers_and_needs_one():
+    params = {f"block_{i}": {"kernel": np.zeros(2)} for i in range(11)}
+    ones = jax.tree.map(np.ones_like, params)
+    got = train(Layerwise(SGD(1.0), decay=0.5, layers=11), params, [ones])[0]
+    np.testing.assert_allclose([got[f"block_{i}"]["kernel"][0] for i in (2, 10)], [-(2**-9), -0.5])
+    with pytest.raises(ValueError, match="matches no parameter; there are dense/bias"):
+        train(Layerwise(SGD(LR), decay=0.5, layers=2))
+    with pytest.raises(ValueError, match="layers=12: the model has 11 blocks"):
+        train(Layerwise(SGD(1.0), decay=0.5, layers=12), params, [ones])
+
+
+def test_what_is_frozen_is_known_and_does_not_count_when_gradients_are_clipped():
+    inner = Partition((("trunk/.*norm.*", None), (".*", SGD(1.0))))
+    muon = Muon(1.0, rest=inner, matrices=".*block.*kernel")
+    optimizer = Layerwise(Partition((("trunk/block_0/.*", None), (".*", muon))), 0.5, layers=2)
+    trains = optimizer.trains(TRUNK)
+    assert trains == {
+        "trunk": {
+            "token_embed": {"embedding": True},
+            "block_0": {"up": {"kernel": False}, "norm1": {"scale": False}},
+            "block_1": {"up": {"kernel": True}},
+            "norm_out": {"scale": False},
+        },
+        "head": {"kernel": True},
+    }
+    assert all(jax.tree.leaves(AdamW(LR).trains(PARAMS)))
+
+    frozen = Partition((("norm/.*", None), (".*", SGD(1.0))))
+    tx = optax.chain(optax.masked(optax.clip_by_global_norm(1.0), frozen.trains), frozen.build(1))
+    params = {"dense": {"kernel": jnp.zeros(2)}, "norm": {"scale": jnp.zeros(1)}}
+    grads = {"dense": {"kernel": jnp.array([3.0, 4.0])}, "norm": {"scale": jnp.array([1e6])}}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["dense"]["kernel"], [-0.6, -0.8], rtol=1e-6)
+    assert updates["norm"]["scale"] == 0
+
+
 def test_the_learning_rate_of_a_step_is_the_schedules():
     schedule = Linear(0.4, final=0.1, warmup=1)
     rates = [0.2, 0.4, 0.3]  # of a run of 4 steps
@@ -437,6 +505,9 @@ def test_the_state_does_not_depend_on_how_the_learning_rate_is_given():
         (lambda: Partition(((".*", None),)), "expected one optimizer or more"),
         (lambda: Partition((("(", SGD(0.1)),)), "not a regular expression"),
         (lambda: Partition((SGD(0.1),)), r"expected \(pattern, optimizer\)"),
+        (lambda: Layerwise(0.1, 0.5, 2), "Layerwise.optimizer=0.1"),
+        (lambda: Layerwise(SGD(0.1), 1.5, 2), "Layerwise.decay=1.5: expected .* at most 1"),
+        (lambda: Layerwise(SGD(0.1), 0.5, 2, block="block"), "expected a group"),
     ],
 )
 def test_errors_say_what_is_wrong(make, says):

@@ -7,6 +7,7 @@ A model's fields are its whole configuration, and it is called as
 from jaxeco.models.cifar import CifarNet
 from jaxeco.models.layers import Activation, BatchNorm, Conv, Dropout, max_pool
 from jaxeco.models.lenet import LeNet
+from jaxeco.models.lora import Lora
 from jaxeco.models.mlp import MLP
 from jaxeco.models.resnet import CifarResNet, ResNet
 from jaxeco.models.transformer import (
@@ -28,6 +29,7 @@ __all__ = [
     "EncoderDecoder",
     "LanguageModel",
     "LeNet",
+    "Lora",
     "ResNet",
     "TextClassifier",
     "Transformer",

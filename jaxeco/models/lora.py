@@ -18,7 +18,7 @@ from jaxeco.trees import check_pattern, listed, map_named, named, nested
 class Lora:
     """A model with W + alpha/rank · A·B in place of each of its kernels W that is a target.
 
-    To be used as the model itself is, by `init` and `apply` (its methods as well: `method="decode"`).
+    To be used as the model itself is, by `init` and `apply`; its methods too: `method="decode"`.
     Its parameters are {"base": the model's, "lora": for each target's name "a" [I, R] and
     "b" [R, O]}. A begins normal with variance 1/I, B at 0, so that training begins at the model.
     The base has no gradient; that nothing else moves it (weight decay), and that no moments are
@@ -26,8 +26,8 @@ class Lora:
 
         Partition((("lora/.*", AdamW(1e-3)), ("base/.*", None)))
 
-    `apply` adds A·B to the kernels each time. Generate with `without_lora(model, params)`, which has
-    done so once. With precision="bfloat16" the sum is rounded to it.
+    `apply` adds A·B to the kernels each time; to generate, take `without_lora(model, params)`,
+    where it has been added for good. With precision="bfloat16" the sum is rounded to it.
 
     Attributes:
       targets: pattern of the names of kernels, [I, O].
