@@ -1,0 +1,65 @@
+"""Which package is a docstring from? A classifier that starts from docs_bpe's weights, or anew.
+
+    python -m jaxeco.run experiments/docs_bpe.py                    # first: the weights
+    python -m jaxeco.run experiments/finetune_classifier.py         # from them
+    python -m jaxeco.run experiments/finetune_classifier.py start=none
+
+CLAIM
+"""
+
+from typing import Literal
+
+from docs_bpe import tokens, trunk
+
+from jaxeco import data, losses, metrics, models, optim, schedules
+from jaxeco.experiment import Epochs, Experiment, Steps
+from jaxeco.pretrained import Pretrained
+
+CLASSES = {"docstrings": 12, "imdb_reviews": 2, "ag_news_subset": 4}
+
+
+def texts(of: str, split: str) -> data.StdlibDocstrings | data.TfdsText:
+    if of == "docstrings":
+        return data.StdlibDocstrings(split)
+    return data.TfdsText(
+        of, split, text="text" if of == "imdb_reviews" else "description", label="label"
+    )
+
+
+def experiment(
+    start: str | None = "runs/docs_bpe",  # the run whose weights it starts from; none: anew
+    of: Literal["docstrings", "imdb_reviews", "ag_news_subset"] = "docstrings",  # what to classify
+    lr: float = 1e-3,  # of AdamW; falls linearly to 0
+    layer_decay: float = 0.8,  # the rate of each layer, as a share of that of the layer above
+    length: int = 64,  # tokens of a text that are read
+    batch: int = 32,
+    epochs: float = 8,
+    dropout: float = 0.1,
+) -> Experiment:
+    classes = CLASSES[of]
+    return Experiment(
+        name="finetune_classifier" if start else "finetune_classifier_scratch",
+        train=data.LabelledText(texts(of, "train"), tokens(), length),
+        evals={"test": data.LabelledText(texts(of, "test"), tokens(), length)},
+        model=models.TextClassifier(trunk(dropout=dropout), classes, dropout=dropout),
+        loss=losses.SoftmaxCrossEntropy(),
+        metrics=(metrics.Accuracy(),),
+        eval_metrics=(
+            metrics.Precision(classes, "macro"),
+            metrics.Recall(classes, "macro"),
+            metrics.F1(classes, "macro"),
+            metrics.ConfusionMatrix(classes),
+        ),
+        start_from=Pretrained(start) if start else None,
+        optimizer=optim.Layerwise(
+            optim.AdamW(schedules.Linear(lr, warmup=0.1), weight_decay=0.05),
+            decay=layer_decay if start else 1.0,
+            layers=4,
+        ),
+        clip_norm=1.0,
+        batch=batch,
+        length=Epochs(epochs),
+        eval_batch=256,
+        log_every=Steps(20),
+        best="test/f1",
+    )

@@ -1,0 +1,44 @@
+"""A small encoder learns to fill in masked tokens (BERT, Devlin et al. 2019), on docs_bpe's text.
+
+    python -m jaxeco.run experiments/masked_lm.py seed=0    # and seed=1, seed=2; no download
+
+CLAIM
+"""
+
+from docs_bpe import VOCABULARY, corpus, tokens, trunk
+
+from jaxeco import data, losses, metrics, models, optim, schedules
+from jaxeco.experiment import Epochs, Experiment, Steps
+
+
+def experiment(
+    lr: float = 0.02,  # of Muon, for the matrices of the blocks; falls linearly to 0
+    embed_lr: float = 5e-3,  # of AdamW, for all else
+    context: int = 128,  # tokens
+    batch: int = 16,  # texts a step
+    epochs: float = 8,  # passes over the text
+    rate: float = 0.15,  # share of the tokens that is to be found
+) -> Experiment:
+    mask = data.MaskTokens(VOCABULARY, rate)
+    return Experiment(
+        name="masked_lm",
+        train=data.TextWindows(corpus("train"), tokens(), context, targets="same"),
+        evals={"test": data.TextWindows(corpus("test"), tokens(), context, targets="same")},
+        augment=(mask,),
+        eval_augment=(mask,),
+        model=models.LanguageModel(trunk(context, causal=False), transform=True),
+        loss=losses.SoftmaxCrossEntropy(),
+        metrics=(metrics.Accuracy(),),
+        eval_metrics=(metrics.Perplexity(),),
+        optimizer=optim.Muon(
+            schedules.Linear(lr, warmup=0.05),
+            matrices=".*block_.*/kernel",
+            rest=optim.AdamW(schedules.Linear(embed_lr, warmup=0.05), b2=0.95, weight_decay=0.0),
+        ),
+        batch=batch,
+        length=Epochs(epochs),
+        eval_batch=64,
+        log_every=Steps(20),
+        best="test/loss",
+        best_mode="min",
+    )
