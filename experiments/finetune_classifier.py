@@ -11,7 +11,7 @@ from typing import Literal
 
 from docs_bpe import tokens, trunk
 
-from jaxeco import data, losses, metrics, models, optim, schedules
+from jaxeco import data, losses, metrics, models, optim, ranking, schedules
 from jaxeco.experiment import Epochs, Experiment, Steps
 from jaxeco.pretrained import Pretrained
 
@@ -45,9 +45,12 @@ def experiment(
         loss=losses.SoftmaxCrossEntropy(),
         metrics=(metrics.Accuracy(),),
         eval_metrics=(
-            metrics.Precision(classes, "macro"),
-            metrics.Recall(classes, "macro"),
-            metrics.F1(classes, "macro"),
+            metrics.Precision("macro"),
+            metrics.Recall("macro"),
+            metrics.F1("macro"),
+            ranking.RocAuc(),
+            ranking.RocCurve(),
+            ranking.PrecisionRecallCurve(),
             metrics.ConfusionMatrix(classes),
         ),
         start_from=Pretrained(start) if start else None,
@@ -61,5 +64,5 @@ def experiment(
         length=Epochs(epochs),
         eval_batch=256,
         log_every=Steps(20),
-        best="test/f1",
+        best="test/macro_f1",
     )

@@ -3,9 +3,9 @@
     python -m jaxeco.run experiments/gpt2_124m.py
     python -m jaxeco.run experiments/gpt2_124m.py data_set=lm1b vocabulary=gpt2_tokenizer.json
 
-Not yet trained to its end: no accelerator was at hand, so there is no result to claim (n = 0, ± none).
-What is shown is that it is GPT-2: the parameter count and, for the same weights, the logits of Hugging
-Face's implementation, both in the tests.
+Not trained to its end: no accelerator was at hand, so no result is claimed (n = 0, ± nothing). What
+the tests show is that it is GPT-2: the parameters' number and, for the same weights, the logits of
+Hugging Face's implementation.
 """
 
 from typing import Literal

@@ -22,6 +22,12 @@ def global_sum(tree: Any) -> Any:
     return jax.lax.psum(tree, axes) if axes else tree
 
 
+def global_concat(tree: Any) -> Any:
+    """Joins every leaf of `tree`, [B, ...], over all shards, in order; the identity under jit."""
+    axes = mapped_axes()
+    return jax.lax.all_gather(tree, axes, tiled=True) if axes else tree
+
+
 def example_keys(key: jax.Array, n: int) -> jax.Array:
     """One random key for each of the `n` examples that this shard holds.
 

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeco.errors import UserError
+from jaxeco.trees import named, nested
 
 FORMAT = 1  # counts up when older readers could not make sense of what is written
 
@@ -157,7 +158,7 @@ class Checkpoints:
         # CPU arrays reach orbax as views of the device's memory, not as copies. That is safe: XLA
         # does not reuse a donated buffer while a view of it exists (tested for 1 and 8 devices).
         with jax.transfer_guard("allow"):
-            leaves = _named(state)
+            leaves = named(state)
             arrays = {name: _data(leaf) for name, leaf in leaves.items() if leaf.size}
         about = About(
             format=FORMAT,
@@ -314,7 +315,7 @@ def load(
         state = _read(path, about, abstract, partial=True)
     else:
         names = [name for name in about.arrays if not only or name.split("/")[0] in only]
-        state = _nested(_read_arrays(path, about, dict.fromkeys(names)))
+        state = nested(_read_arrays(path, about, dict.fromkeys(names)))
     return Loaded(state, about.step, about.metrics, about.description)
 
 
@@ -436,25 +437,6 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _named(tree: State) -> dict[str, Any]:
-    """{"params/Dense_0/kernel": leaf, ...}"""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    assert len(named) == len(leaves), "two leaves of the state have the same path"
-    return named
-
-
-def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
 def _data(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
@@ -470,7 +452,7 @@ def _say(spec: Mapping[str, Any]) -> str:
 
 def _read(path: Path, about: About, abstract: State, *, partial: bool) -> State:
     """Reads the arrays that `abstract` names; the checkpoint may hold more only if `partial`."""
-    wanted = _named(abstract)
+    wanted = named(abstract)
     held = {
         name: _say(spec) for name, spec in about.arrays.items() if not partial or name in wanted
     }
@@ -540,8 +522,14 @@ def _leaves(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def _refuse(what: str, held: Any, asked: Any, advice: str, most: int = 8) -> None:
-    """Raises UserError if the two differ: one line for each leaf that does, at most `most`."""
-    ours, theirs = _leaves(asked), _leaves(held)
+    """Raises UserError if the two differ: one line for each leaf that does, at most `most`.
+
+    None is as good as absent: a checkpoint does not know of options that came after it.
+    """
+    ours, theirs = (
+        {name: leaf for name, leaf in _leaves(tree).items() if leaf is not None}
+        for tree in (asked, held)
+    )
     missing = "has none"
     lines = [
         f"  {name}: checkpoint {theirs.get(name, missing)}, experiment {ours.get(name, missing)}"

@@ -11,26 +11,36 @@ from jax.sharding import Mesh
 
 from jaxeco import axes, parallel
 from jaxeco.data.dataset import Dataset
+from jaxeco.data.image import augmented
 from jaxeco.data.pipeline import Feed, assemble, fits
 from jaxeco.experiment import Experiment
-from jaxeco.forward import Sums, forward, measure, preprocess, results
+from jaxeco.forward import Kept, Sums, forward, keep, measure, preprocess, results
 
 
 def eval_step(
     ex: Experiment, params: Any, variables: Any, batch: dict[str, Any]
-) -> tuple[Sums, jax.Array]:
-    """Sums over a batch, and the number of its examples that counted, i32[]. Pure."""
+) -> tuple[tuple[Sums, jax.Array], Kept]:
+    """What a batch comes to. Pure.
+
+    `eval_augment` draws from keys that depend on an example's "index" in the split alone: every
+    evaluation hides the same tokens, however the split is batched.
+
+    Returns:
+      sums and the number of examples that counted, i32[]; and what is kept of each example, [B].
+    """
     count = jnp.sum(batch["mask"], dtype=jnp.int32)
-    batch = preprocess(ex, batch)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch["index"])
+    batch = augmented(ex.eval_augment, keys_B, preprocess(ex, batch))
     outputs, _ = forward(ex, params, variables, batch["x"], dropout_key=None)
-    return axes.global_sum((measure(ex, outputs, batch, training=False), count))
+    sums = measure(ex, outputs, batch, training=False)
+    return axes.global_sum((sums, count)), axes.global_concat(keep(ex, outputs, batch))
 
 
 class Evaluator:
     """Evaluates models on one split; its compiled step and its data stay in place."""
 
     def __init__(self, ex: Experiment, dataset: Dataset, mesh: Mesh) -> None:
-        self.ex, self.size = ex, len(dataset)
+        self.ex, self.size = ex, dataset.eval_examples
         self.feed = Feed.evaluation(
             dataset,
             ex.eval_batch,
@@ -38,7 +48,7 @@ class Evaluator:
             place=partial(parallel.place, mesh=mesh),
         )
 
-        def step(model: tuple[Any, Any], resident: Any, fed_n: Any) -> tuple[Sums, jax.Array]:
+        def step(model: tuple[Any, Any], resident: Any, fed_n: Any) -> tuple[Any, Kept]:
             first = jax.tree.map(lambda a: a[0], fed_n)
             return eval_step(ex, *model, assemble(resident, first))
 
@@ -59,23 +69,29 @@ class Evaluator:
           RuntimeError: not every example was counted once.
         """
         totals: Any = None
+        parts: list[Kept] = []  # of the examples that count
         waiting: list[Any] = []  # the batch that the device works on while the last one is added
 
         def add() -> None:
             nonlocal totals
-            host = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(waiting.pop()))
-            totals = host if totals is None else jax.tree.map(np.add, totals, host)
+            mask_B, found = waiting.pop()
+            sums, kept = jax.device_get(found)
+            sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
+            totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+            parts.append(jax.tree.map(lambda a: a[mask_B > 0], kept))
 
         with self.feed as feed:
             for i in range(feed.steps):
                 if stop():
                     return None
-                sums = self.step((params, variables), feed.resident, feed.fed(i))
+                fed = feed.fed(i)
+                found = self.step((params, variables), feed.resident, fed)
                 if waiting:
                     add()
-                waiting.append(sums)
+                waiting.append((fed["mask"][0], found))
         add()
         sums, count = totals
         if count != self.size:
             raise RuntimeError(f"evaluation counted {count:.0f} examples of {self.size}")
-        return results(self.ex, sums)
+        kept = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        return results(self.ex, sums | kept)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from jaxeco.losses import Loss
     from jaxeco.metrics import Metric
     from jaxeco.optim import Optimizer
+    from jaxeco.pretrained import Pretrained
+    from jaxeco.ranking import WholeSplit
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,16 @@ class Experiment:
     evals: Mapping[str, Source] = field(metadata=FREE)  # what is measured on, by name
     preprocess: tuple[Callable[[dict], dict], ...] = ()  # on every batch, in the compiled step
     augment: tuple[Callable[[Any, dict], dict], ...] = ()  # then, in training: (keys_B, batch)
+    # then, in evaluation; an example's key is a function of its number in the split
+    eval_augment: tuple[Callable[[Any, dict], dict], ...] = field(default=(), metadata=FREE)
 
     model: nn.Module
+    start_from: Pretrained | None = None  # parameters to begin with, instead of random ones
     loss: Loss
     eval_loss: Loss | None = field(default=None, metadata=FREE)  # in evaluation; None: `loss`
     metrics: tuple[Metric, ...] = field(default=(), metadata=FREE)  # beside the loss
-    eval_metrics: tuple[Metric, ...] = field(default=(), metadata=FREE)  # in evaluation only
+    # in evaluation only
+    eval_metrics: tuple[Metric | WholeSplit, ...] = field(default=(), metadata=FREE)
 
     optimizer: Optimizer
     batch: int  # examples per step, over all devices
@@ -87,6 +93,8 @@ class Experiment:
     keep: int = field(default=2, metadata=FREE)  # newest checkpoints that stay
     best: str | None = field(default=None, metadata=FREE)  # and the best by, say, "test/accuracy"
     best_mode: Literal["max", "min"] = field(default="max", metadata=FREE)
+    # evaluations without a better `best` after which the run ends early
+    patience: int | None = field(default=None, metadata=FREE)
 
     def __post_init__(self) -> None:
         for name in ("batch", "grad_accum", "steps_per_call", "eval_batch", "keep"):
@@ -111,8 +119,13 @@ class Experiment:
             raise ValueError("evals: 'train' is the name of the training log; choose another")
         if not self.resident_gib >= 0:
             raise ValueError(f"resident_gib={self.resident_gib}: expected 0 or more")
+        names = ("loss", *(m.name for m in (*self.metrics, *self.eval_metrics)))
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"metrics: two are called {min(twice)!r}; leave out one of them")
+        if self.patience is not None and (self.patience < 1 or self.best is None):
+            what = f"patience={self.patience}, best={self.best!r}"
+            raise ValueError(f'{what}: expected at least 1, and a best, such as "test/loss"')
         if self.best is not None:
-            names = ("loss", *(m.name for m in (*self.metrics, *self.eval_metrics)))
             known = [f"{split}/{name}" for split in self.evals for name in names]
             if self.best not in known:
                 raise ValueError(f"best={self.best!r}: expected one of {', '.join(known)}")

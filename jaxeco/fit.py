@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,13 @@ from jaxeco.data.pipeline import Feed, fits
 from jaxeco.errors import RunFailed, UserError
 from jaxeco.evaluate import Evaluator, eval_step
 from jaxeco.experiment import Experiment
-from jaxeco.forward import Sums, predict, results
+from jaxeco.forward import Sums, predict, preprocess, results, whole_split
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log
 from jaxeco.train import State, init, many_steps, train_step
+
+if TYPE_CHECKING:
+    from jaxeco.pretrained import Report
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,29 @@ class Plan:
             jax.eval_shape(self.init),
         )
 
-    def start(self) -> State:
-        """The State before step 0, where it belongs."""
+    def start(self, said: Callable[["Report"], None] = lambda report: None) -> State:
+        """The State before step 0, where it belongs; its parameters from `ex.start_from`, if set.
+
+        Args:
+          said: is told what was taken over from there.
+
+        Raises:
+          UserError: the parameters to start from are missing, damaged or do not fit.
+        """
         shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state())
-        return jax.jit(self.init, out_shardings=shardings)()
+        state = jax.jit(self.init, out_shardings=shardings)()
+        if self.ex.start_from is None:
+            return state
+        params, report = self.ex.start_from.load(state.params, fingerprint(self.train.tokenizer))
+        said(report)
+
+        def begin(params: Any) -> tuple[Any, Any]:
+            params = jax.tree.map(jnp.copy, params)  # what lies on the host cannot be given up
+            return params, self.tx.init(params)
+
+        outputs = (shardings.params, shardings.opt_state)
+        params, opt_state = jax.jit(begin, out_shardings=outputs)(params)
+        return state.replace(params=params, opt_state=opt_state)
 
     @property
     def step(self) -> Callable[[State, dict[str, Any]], tuple[State, Sums]]:
@@ -88,17 +110,19 @@ def plan(ex: Experiment, devices: Sequence[jax.Device] | None = None) -> Plan:
     parallel.check_batch("batch", ex.batch, mesh, ex.grad_accum)
     parallel.check_batch("eval_batch", ex.eval_batch, mesh)
     train = ex.train.open()
-    if ex.batch > len(train):
-        raise UserError(f"batch={ex.batch} is more than the {len(train)} examples of {train.name}")
+    if ex.batch > (size := train.training_examples):
+        raise UserError(f"batch={ex.batch} is more than the {size} examples of {train.name}")
     evals = {name: source.open() for name, source in ex.evals.items()}
     for name, data in evals.items():
         if data.fingerprint == train.fingerprint:
             warnings.warn(f"the split {name!r} is the training data itself", stacklevel=2)
-    steps_per_epoch = len(train) // ex.batch
+    steps_per_epoch = size // ex.batch
     steps = ex.length.steps(steps_per_epoch)
     tx = ex.optimizer.build(steps)
     if ex.clip_norm is not None:
-        tx = optax.chain(optax.clip_by_global_norm(ex.clip_norm), tx)
+        # of the parameters that are trained: frozen ones have gradients, too
+        clip = optax.masked(optax.clip_by_global_norm(ex.clip_norm), ex.optimizer.trains)
+        tx = optax.chain(clip, tx)
     if steps >= 2**31:
         raise UserError(f"a run of {steps:,} steps: expected fewer than 2^31")
     plan = Plan(ex, train, evals, mesh, steps_per_epoch, steps, tx)
@@ -117,6 +141,10 @@ def shapes(data: Dataset, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
     return fields | {"mask": jax.ShapeDtypeStruct((examples,), jnp.float32)}
 
 
+def fingerprint(tokenizer: Any) -> str | None:
+    return tokenizer and tokenizer.fingerprint
+
+
 def check(plan: Plan) -> None:
     """Traces a step and an evaluation on shapes alone.
 
@@ -124,7 +152,11 @@ def check(plan: Plan) -> None:
       UserError: the model, the loss or a metric does not fit the data.
     """
     ex, classes = plan.ex, plan.train.classes
+    if split := whole_split(ex.metrics):
+        raise UserError(f"{split[0].name} needs a whole split: move it to eval_metrics")
     try:
+        for data in (plan.train, *plan.evals.values()):
+            check_text(ex, data)
         state = jax.eval_shape(plan.init)
         model = (state.params, state.variables)
         outputs = jax.eval_shape(partial(predict, ex), *model, shapes(plan.train, 1))
@@ -134,12 +166,37 @@ def check(plan: Plan) -> None:
             raise UserError(f"the model has {has} outputs, but {name} has {len(classes)} classes")
         jax.eval_shape(plan.step, state, shapes(plan.train, ex.batch))
         for data in plan.evals.values():
-            jax.eval_shape(partial(eval_step, ex), *model, shapes(data, ex.eval_batch))
+            index = {"index": jax.ShapeDtypeStruct((ex.eval_batch,), jnp.int32)}
+            batch = shapes(data, ex.eval_batch) | index
+            jax.eval_shape(partial(eval_step, ex), *model, batch)
     except ValueError as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if Path(raised_in).is_relative_to(Path(__file__).parent):  # one of our components says so
             raise UserError(str(error).splitlines()[0]) from error
         raise
+
+
+def check_text(ex: Experiment, data: Dataset) -> None:
+    """Raises UserError if the data has more tokens, or longer texts, than the model has room for.
+
+    A model says what it has room for by `vocab_size` and `context`; one that lacks them is trusted.
+    """
+    room = getattr(ex.model, "vocab_size", None)
+    if data.tokenizer and room is not None and data.tokenizer.vocab_size > room:
+        size = data.tokenizer.vocab_size
+        field = "model.trunk.vocab_size" if hasattr(ex.model, "trunk") else "model.vocab_size"
+        raise UserError(
+            f"the tokenizer of {data.name} has {size} tokens, the model room for {room}:"
+            f" set {field}={size}"
+        )
+    context = getattr(ex.model, "context", None)
+    x = jax.eval_shape(partial(preprocess, ex), shapes(data, 1))["x"]
+    longest = max((a.shape[1] for a in jax.tree.leaves(x) if a.ndim > 1), default=0)
+    if context is not None and longest > context:
+        raise UserError(
+            f"the examples of {data.name} are {longest} tokens long, the model's context is"
+            f" {context}: shorten them, or set the model's context={longest}"
+        )
 
 
 class Diverged(RunFailed):
@@ -166,9 +223,9 @@ def fit(
 ) -> State:
     """Trains from `state` to the end of the run, to step `stop_at`, or until interrupted.
 
-    Evaluates, logs and saves on the way; the State that it returns has been saved. The host runs
-    ahead of the device and reads a call's sums only when the log, an evaluation or a checkpoint is
-    due, so that the device never waits for it.
+    The run also ends where `stalled` says so. Evaluates, logs and saves on the way; the State that
+    it returns has been saved. The host runs ahead of the device and reads a call's sums only when
+    the log, an evaluation or a checkpoint is due, so that the device never waits for it.
 
     Raises:
       Diverged: the loss became NaN or infinite; the error holds the State.
@@ -222,7 +279,7 @@ def fit(
             if due and not all(log.evaluated(step, split) for split in evaluators):
                 report()
                 scores = evaluate()
-            done = step >= end or interrupted()
+            done = step >= end or interrupted() or (due and stalled(ex, log) is not None)
             if done or scores or (step and step % every_save == 0):
                 report()  # so that no State is saved behind a loss that is not finite
                 checkpoints.save(state, scores, step=step)
@@ -244,6 +301,20 @@ def fit(
         raise
     finally:
         feed.close()
+
+
+def stalled(ex: Experiment, log: Log) -> int | None:
+    """The step of the best evaluation, if `patience` have followed without a better one.
+
+    A function of the evaluations on record, which a resumed run has as well.
+    """
+    history = log.history(ex.best) if ex.best else []
+    if ex.patience is None or not history:
+        return None
+    steps, values = zip(*history, strict=True)
+    scores = np.nan_to_num(values if ex.best_mode == "max" else np.negative(values), nan=-np.inf)
+    best = int(np.argmax(scores))  # the first of equals
+    return steps[best] if len(steps) - 1 - best >= ex.patience else None
 
 
 def mean_over(ex: Experiment, calls: list[tuple[int, Sums]]) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """From a batch to outputs to sums: what training and evaluation share. All pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxeco.experiment import Experiment
-from jaxeco.metrics import Mean
+from jaxeco.metrics import Mean, Metric, expand
+from jaxeco.ranking import WholeSplit
 
 Sums = dict[str, Mean]  # the loss and the metrics of some examples, by name, not yet divided
+Kept = dict[str, dict[str, Any]]  # what metrics of a whole split keep of each example, by name
 
 
 def preprocess(ex: Experiment, batch: dict[str, Any]) -> dict[str, Any]:
@@ -47,18 +49,43 @@ def _bfloat16(a: jax.Array) -> jax.Array:
 
 
 def measure(ex: Experiment, outputs: Any, batch: Mapping[str, Any], training: bool) -> Sums:
-    """The loss and all metrics of a batch, as sums and weights over its unmasked examples."""
+    """The loss and all metrics of a batch, as sums and weights.
+
+    An example counts by its "mask" and, if the batch has them, by the "weights" of its positions.
+    """
     loss = ex.loss if training or ex.eval_loss is None else ex.eval_loss
-    y, mask = batch["y"], batch["mask"]
     metrics = ex.metrics if training else (*ex.metrics, *ex.eval_metrics)
-    sums = {"loss": loss.mean(outputs, y, mask)}
-    return sums | {metric.name: metric(outputs, y, mask) for metric in metrics}
+    y, counts = batch["y"], batch["mask"]
+    if "weights" in batch:
+        counts = batch["weights"] * expand(counts, batch["weights"])
+    sums = {"loss": loss.mean(outputs, y, counts)}
+    return sums | {m.name: m(outputs, y, counts) for m in metrics if not isinstance(m, WholeSplit)}
 
 
-def results(ex: Experiment, sums: Sums) -> dict[str, Any]:
-    """What sums over all examples come to, on the host; the loss first, as people read it."""
-    metrics = [m for m in (*ex.metrics, *ex.eval_metrics) if m.name in sums]
-    return {"loss": sums["loss"].value(), **{m.name: m.result(sums[m.name]) for m in metrics}}
+def keep(ex: Experiment, outputs: Any, batch: Mapping[str, Any]) -> Kept:
+    """What the metrics of a whole split need of each example of a batch, masked ones too.
+
+    Raises:
+      ValueError: the batch has weights, which these metrics do not know.
+    """
+    kept = {m.name: m.keep(outputs, batch["y"]) for m in whole_split(ex.eval_metrics)}
+    if kept and "weights" in batch:
+        raise ValueError(f"{min(kept)}: the data has weights, of which a ranking makes no use")
+    return kept
+
+
+def whole_split(metrics: Sequence[Metric | WholeSplit]) -> list[WholeSplit]:
+    return [metric for metric in metrics if isinstance(metric, WholeSplit)]
+
+
+def results(ex: Experiment, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What sums over all examples, and what was kept of all, come to; on the host, the loss first.
+
+    Args:
+      found: Sums and Kept, by name.
+    """
+    metrics = [m for m in (*ex.metrics, *ex.eval_metrics) if m.name in found]
+    return {"loss": found["loss"].value(), **{m.name: m.result(found[m.name]) for m in metrics}}
 
 
 def predict(ex: Experiment, params: Any, variables: Any, batch: dict[str, Any]) -> Any:

@@ -6,8 +6,8 @@
     {"step": 390, "split": "test", "time": 45.6, "loss": 1.2, "per_class_accuracy": [0.6, ...], ...}
 
 "time" is in seconds since the run was first started, without the pauses between being stopped and
-resumed. Training lines also carry "examples_per_second". JSON has no NaN and no infinity: they are
-written as null, and come back as NaN from `read_metrics`.
+resumed. Training lines also carry "examples_per_second", and of text "tokens_per_second". JSON has
+no NaN and no infinity: they are written as null, and come back as NaN from `read_metrics`.
 """
 
 import json
@@ -42,7 +42,7 @@ class Log:
       examples_per_step: to turn steps into examples per second.
       tensorboard: True to write events into folder/tensorboard, False not to, None to write them
         if tensorboardX is installed.
-      unit: what an example is called: "images".
+      unit, units: what a rate counts, and how many of it an example has: ("tokens", 256).
       stream: where the terminal's lines go; standard output if not given.
 
     Raises:
@@ -58,10 +58,11 @@ class Log:
         first_step: int = 0,
         tensorboard: bool | None = None,
         unit: str = "examples",
+        units: int = 1,
         stream: TextIO | None = None,
     ):
         self.path = Path(folder) / FILE
-        self._total, self._unit = total_steps, unit
+        self._total, self._unit, self._units = total_steps, unit, units
         self._examples = examples_per_step
         self._stream = sys.stdout if stream is None else stream
         with self._writing():
@@ -71,7 +72,8 @@ class Log:
         self._began = time.monotonic() - max((line["time"] for line in earlier), default=0.0)
         self._events = _events(self.path.parent / "tensorboard", first_step, tensorboard)
         self._live = _Live(self._stream, total_steps) if _is_terminal(self._stream) else None
-        self._evaluated = {(line["step"], line["split"]) for line in earlier}
+        # of every evaluation on record, by (step, split)
+        self._scalars = {(line["step"], line["split"]): _scalars(line) for line in earlier}
         self._printed = -math.inf
         self._mark: tuple[int, float] | None = None  # where the present stretch of training began
         self._start: tuple[int, float] | None = None  # where training began, once compiled
@@ -107,7 +109,10 @@ class Log:
         now = time.monotonic()
         if self._mark is not None and step > self._mark[0] and now > self._mark[1]:
             self._rate = (step - self._mark[0]) * self._examples / (now - self._mark[1])
-        rate = {} if self._rate is None else {"examples_per_second": round(self._rate, 3)}
+        rate = {}
+        if self._rate is not None:
+            per_example = {"examples": 1, self._unit: self._units}
+            rate = {f"{u}_per_second": round(self._rate * n, 3) for u, n in per_example.items()}
         self.mark(step)
         self._write(step, "train", {**values, **rate})
         if self._live is not None:
@@ -119,14 +124,23 @@ class Log:
     def evaluation(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Records an exact evaluation. Lists and matrices go to the file only."""
         self._write(step, split, values)
-        self._evaluated.add((step, split))
+        self._scalars[step, split] = _scalars(values)
         shown = [f"{split} at step {step:,}", *_fields(values)]
         self._print(_fit(shown))
         self.mark(step)
 
     def evaluated(self, step: int, split: str) -> bool:
         """Whether an evaluation of `split` at this step is on record, of whatever session."""
-        return (step, split) in self._evaluated
+        return (step, split) in self._scalars
+
+    def history(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of every evaluation on record that has "split/metric", in order."""
+        split, _, metric = name.rpartition("/")
+        return sorted(
+            (step, found[metric])
+            for (step, of), found in self._scalars.items()
+            if of == split and metric in found
+        )
 
     def note(self, text: str) -> None:
         """Says something in passing."""
@@ -181,7 +195,7 @@ class Log:
         fields = _fields({name: v for name, v in values.items() if name != "learning_rate"})
         last = []
         if self._rate is not None:
-            last.append(f"{self._rate:,.0f} {self._unit}/s")
+            last.append(f"{self._rate * self._units:,.0f} {self._unit}/s")
         if self._start is not None and step > self._start[0]:
             per_step = (time.monotonic() - self._start[1]) / (step - self._start[0])
             last.append(f"{_clock(per_step * (self._total - step))} left")
@@ -362,8 +376,17 @@ def _is_terminal(stream: TextIO) -> bool:
 
 def _fields(values: Mapping[str, Any]) -> list[str]:
     """["loss 0.4321", "accuracy 86.12 %", ...] of the scalars."""
-    scalars = {name: float(value) for name, value in values.items() if np.ndim(value) == 0}
-    return [f"{name.replace('_', ' ')} {_say(name, value)}" for name, value in scalars.items()]
+    scalars = _scalars(values).items()
+    return [f"{name.replace('_', ' ')} {_say(name, value)}" for name, value in scalars]
+
+
+def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """What is a number, or the null that stands for NaN."""
+    return {
+        name: math.nan if value is None else float(value)
+        for name, value in values.items()
+        if np.ndim(value) == 0 and not isinstance(value, str)
+    }
 
 
 def _say(name: str, value: float) -> str:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeco.metrics import Mean, expand
+from jaxeco.metrics import Mean, cross_entropy, expand
 
 
 def softmax_cross_entropy(
@@ -43,13 +43,9 @@ def softmax_cross_entropy(
             f"softmax cross-entropy: logits of shape {logits.shape} and {y.dtype} labels of shape"
             f" {y.shape}; expected [..., K >= 2] with integers [...] or soft labels [..., K]"
         )
-    if soft:
-        target = y.astype(jnp.float32)
-    else:
-        # NaN, since a label that is no class would else have a loss of 0
-        target = jax.nn.one_hot(y, classes)
-        target = jnp.where(((y >= 0) & (y < classes))[..., None], target, jnp.nan)
-    target = (1 - label_smoothing) * target + label_smoothing / classes
+    if not soft:
+        return cross_entropy(logits, y, label_smoothing)
+    target = (1 - label_smoothing) * y.astype(jnp.float32) + label_smoothing / classes
     return -jnp.sum(target * jax.nn.log_softmax(logits.astype(jnp.float32)), -1)
 
 
@@ -112,8 +108,8 @@ class Loss(ABC):
         Raises:
           ValueError: the shapes do not fit.
         """
-        weights = self.weights(y)
-        return Mean.of(self(outputs, y), weights * expand(mask, weights))
+        losses = self(outputs, y)
+        return Mean.of(losses, expand(self.weights(y), losses) * expand(mask, losses))
 
 
 @dataclass(frozen=True)

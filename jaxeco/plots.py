@@ -1,9 +1,9 @@
-"""Pictures of a run as PNG: learning curves, a confusion matrix, examples with their predictions.
+"""Pictures of a run as PNG: learning curves, confusion, ROC and PR, examples with predictions.
 
 Drawn on figures of their own, without pyplot, so that no window opens and no global state is left.
 matplotlib is imported by the functions that draw: it costs 0.3 s.
 
-Shapes: N examples, K classes, H height, W width, C channels (1 or 3).
+Shapes: N examples, K classes, P points, H height, W width, C channels (1 or 3).
 """
 
 import math
@@ -18,10 +18,11 @@ from jaxeco.errors import UserError
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 COLOURS = ("#0969da", "#d1570d", "#1a7f37", "#8250df", "#bf3989", "#6e7781")
+PANELS = ("loss", "accuracy", "f1", "macro_f1", "micro_f1")  # what has curves
 
 
 def curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Loss and accuracy against the step: a line for training, one for every split evaluated.
+    """Loss, accuracy and F1 against the step: a line for training, one for every split evaluated.
 
     Args:
       metrics: lines as `log.read_metrics` returns them.
@@ -30,7 +31,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -
     Raises:
       UserError: `path` cannot be written.
     """
-    panels = [name for name in ("loss", "accuracy") if any(name in line for line in metrics)]
+    panels = [name for name in PANELS if any(name in line for line in metrics)]
     figure = _figure(5.2 * max(len(panels), 1), 3.8)
     splits = dict.fromkeys(line["split"] for line in metrics)
     for axes, name in zip(np.ravel(figure.subplots(1, len(panels) or 1)), panels or [""]):
@@ -40,7 +41,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -
                 x, y = np.array(points, float).T
                 _curve(axes, x, y, split, colour)
         axes.set_xlabel("step")
-        axes.set_title(name)
+        axes.set_title(name.replace("_", " ").replace("f1", "F1"))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.locator_params(axis="x", integer=True, nbins=8, min_n_ticks=1)
@@ -104,6 +105,35 @@ def confusion(counts_KxK: np.ndarray, classes: Sequence[str], path: str | os.Pat
     _save(figure, path)
 
 
+def roc(curves_KxPx2: np.ndarray, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
+    """ROC curves, as `ranking.RocCurve` gives them: one, or one for each class against the rest.
+
+    Of more than 12 classes the first 12 are named, the others pale. Classes that are NaN are left
+    out.
+
+    Args:
+      curves_KxPx2: false positive rate and true positive rate.
+      classes: K names, or () for numbers.
+      path: the PNG to write.
+
+    Raises:
+      UserError: `path` cannot be written.
+    """
+    labels = ("false positive rate", "true positive rate")
+    figure, axes = _class_curves(curves_KxPx2, classes, labels, drawstyle="default")
+    axes.plot([0, 1], [0, 1], linewidth=0.8, linestyle=":", color="#6e7781")
+    _save(figure, path)
+
+
+def precision_recall(
+    curves_KxPx2: np.ndarray, classes: Sequence[str], path: str | os.PathLike[str]
+) -> None:
+    """As `roc`, of `ranking.PrecisionRecallCurve`: recall and precision, in steps."""
+    labels = ("recall", "precision")
+    figure, _ = _class_curves(curves_KxPx2, classes, labels, drawstyle="steps-pre")
+    _save(figure, path)
+
+
 def examples(
     x_NxHxWxC: np.ndarray,
     labels: Sequence[int] | np.ndarray,
@@ -152,6 +182,34 @@ def examples(
         lines += [] if right else [f"truth: {_short(names[int(truth)], 15)}"]
         axes.set_title("\n".join(lines), fontsize=8, color=RIGHT if right else WRONG, pad=3)
     _save(figure, path)
+
+
+def _class_curves(
+    curves_KxPx2: Any, classes: Sequence[str], labels: tuple[str, str], drawstyle: str
+) -> tuple[Any, Any]:
+    """A figure of curves in the unit square, and its axes; one curve needs no name."""
+    curves_KxPx2, named = np.asarray(curves_KxPx2, float), 12
+    k = len(curves_KxPx2)
+    figure = _figure(6.8 if k > 1 else 5.0, 4.6)
+    axes = figure.subplots()
+    for i, (curve_Px2, name, colour) in enumerate(
+        zip(curves_KxPx2, _names(classes, k), _repeat(COLOURS))
+    ):
+        if np.isnan(curve_Px2).any():
+            continue
+        style: dict[str, Any] = {"color": "#6e7781", "linewidth": 0.6, "alpha": 0.5, "zorder": 1}
+        if i < named:
+            line = "-" if i < len(COLOURS) else "--"
+            style = {"color": colour, "linewidth": 1.4, "linestyle": line}
+            style |= {"label": _short(name, 16)} if k > 1 else {}
+        axes.plot(*curve_Px2.T, drawstyle=drawstyle, **style)
+    axes.set(xlabel=labels[0], ylabel=labels[1], xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axes.set_aspect("equal")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure, axes
 
 
 def _curve(axes: Any, x: np.ndarray, y: np.ndarray, split: str, colour: str) -> None:

@@ -1,10 +1,11 @@
 """One session of a run, as a person sees it: summary, training, end table, pictures, result."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -14,15 +15,18 @@ from jaxeco import plots
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.config import Loaded, describe, flatten
 from jaxeco.data.dataset import Dataset
-from jaxeco.experiment import IDENTITY
-from jaxeco.fit import Diverged, Plan, fit, plan, shapes
+from jaxeco.experiment import IDENTITY, Experiment
+from jaxeco.fit import Diverged, Plan, fingerprint, fit, plan, shapes, stalled
 from jaxeco.forward import predict
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics
 from jaxeco.train import State, train_step
 
+if TYPE_CHECKING:
+    from jaxeco.pretrained import Report
+
 Row = Sequence[str]
-PACE = ("step", "time", "learning_rate", "examples_per_second")  # in the log, but no result
+PACE = re.compile("step|time|learning_rate|.*_per_second")  # in the log, but no result
 
 
 def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None) -> int:
@@ -46,13 +50,24 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
         ) as checkpoints,
     ):
         found = checkpoints.restore(p.abstract_state()) if resume else None
-        state, first = found or (p.start(), 0)
+        reports: list[Report] = []
+        state, first = found or (p.start(reports.append), 0)
         notes = folders.record(folder, loaded, first_step=first, **environment(p))
+        if p.train.tokenizer:
+            p.train.tokenizer.save(folder / "tokenizer.json")
         with (
-            Log(folder, total_steps=p.steps, first_step=first, examples_per_step=ex.batch) as log,
+            Log(
+                folder,
+                total_steps=p.steps,
+                first_step=first,
+                examples_per_step=ex.batch,
+                unit=p.train.unit,
+                units=p.train.units,
+            ) as log,
             Interrupt() as interrupt,
         ):
-            log.table(ex.name, summary(p, folder, first, resume, log.tensorboard))
+            rows = summary(p, folder, first, resume, log.tensorboard)
+            log.table(ex.name, [*rows, *(row for report in reports for row in report.rows())])
             for note in notes:
                 log.warn(note)
             try:
@@ -61,11 +76,8 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
                 raise diverged(error, checkpoints, folder) from error
             log.finished()
             step = int(state.step)
-            if interrupt.signal or step < p.steps:
-                why = interrupt.signal.name if interrupt.signal else "--steps"
-                log.note(f"{why}: saved step {step:,}; --resume goes on from there")
-            elif first == p.steps:
-                log.note("this run was complete already")
+            if said := ending(p, first, step, interrupt, log):
+                log.note(said)
             metrics = read_metrics(folder)
             finish(p, step, metrics, folder, log)
             if not interrupt.signal:
@@ -98,7 +110,8 @@ def dry_run(loaded: Loaded) -> int:
 def identity(p: Plan) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued: all that determines the State."""
     resolved = describe(p.ex)
-    return {name: resolved[name] for name in IDENTITY} | {"data": p.train.fingerprint}
+    data = {"data": p.train.fingerprint, "tokenizer": fingerprint(p.train.tokenizer)}
+    return {name: resolved[name] for name in IDENTITY} | data
 
 
 def environment(p: Plan) -> dict[str, Any]:
@@ -107,7 +120,7 @@ def environment(p: Plan) -> dict[str, Any]:
         "data": {
             name: {
                 "name": data.name,
-                "examples": len(data),
+                "examples": data.eval_examples,
                 "fingerprint": data.fingerprint,
                 "classes": list(data.classes),
                 "fields": {k: f"{f.dtype}{list(f.shape[1:])}" for k, f in data.fields.items()},
@@ -125,8 +138,8 @@ def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -
         ("devices", f"{len(devices)} x {devices[0].device_kind}, through {ex.parallel}"),
         ("parameters", f"{parameters(p):,}"),
         ("FLOPs a step", f"{flops(p):.3g}"),
-        ("train", f"{p.train.name}: {len(p.train):,} examples"),
-        *((split, f"{data.name}: {len(data):,} examples") for split, data in p.evals.items()),
+        ("train", _sized(p.train, p.train.training_examples)),
+        *((split, _sized(data, data.eval_examples)) for split, data in p.evals.items()),
         ("steps", f"{p.steps:,} with {ex.batch} examples each; {p.steps_per_epoch:,} an epoch"),
         ("folder", str(folder)),
         ("TensorBoard", tensorboard),
@@ -136,6 +149,18 @@ def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -
             ("resumed", f"from step {first:,}" if first else "nothing there: from the start")
         )
     return rows
+
+
+def ending(p: Plan, first: int, step: int, interrupt: Interrupt, log: Log) -> str:
+    """What to say of a session that ends at `step`; nothing if it trained to the planned end."""
+    since = stalled(p.ex, log)
+    if interrupt.signal or (step < p.steps and since is None):
+        why = interrupt.signal.name if interrupt.signal else "--steps"
+        return f"{why}: saved step {step:,}; --resume goes on from there"
+    said = ["this run was complete already"] if first == step else []
+    if step < p.steps:
+        said.append(f"stopped early: no better {p.ex.best} since step {since:,}")
+    return "; ".join(said)
 
 
 def diverged(error: Diverged, checkpoints: Checkpoints, folder: Path) -> Diverged:
@@ -155,7 +180,7 @@ def diverged(error: Diverged, checkpoints: Checkpoints, folder: Path) -> Diverge
 
 
 def finish(p: Plan, step: int, metrics: list[dict], folder: Path, log: Log) -> None:
-    """The end table, and result.json: each split's latest line.
+    """The end table, and result.json: each split's latest line, and those of the best step.
 
     What stands under "train" was measured while training, since the log's last line.
     """
@@ -163,24 +188,61 @@ def finish(p: Plan, step: int, metrics: list[dict], folder: Path, log: Log) -> N
     rows: list[Row] = [("split", "step", "metric", "value")]
     result: dict[str, Any] = {"step": step, "of": p.steps, "seed": p.ex.seed}
     for split, line in latest.items():
-        scalars = {k: v for k, v in line.items() if isinstance(v, int | float) and k not in PACE}
-        rows += [(split, f"{line['step']:,}", k, f"{v:.4f}") for k, v in scalars.items()]
-        result[split] = {"step": line["step"], **scalars}
+        rows += [(split, f"{line['step']:,}", k, f"{v:.4f}") for k, v in scalars(line).items()]
+        result[split] = {"step": line["step"], **scalars(line)}
+    if p.ex.best and (found := best(p.ex, metrics)):
+        result["best"] = found
+        rows.append(("best", f"{found['step']:,}", p.ex.best, f"{found[p.ex.best]:.4f}"))
     result["seconds"] = metrics[-1]["time"] if metrics else 0.0
     folders.write_result(folder, result)
     log.table(f"{p.ex.name} after {step:,} of {p.steps:,} steps, {result['seconds']:.1f} s", rows)
 
 
+def scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """Of a line of the log what is a result: numbers."""
+    values = {name: v for name, v in line.items() if isinstance(v, int | float)}
+    return {name: v for name, v in values.items() if not PACE.fullmatch(name)}
+
+
+def best(ex: Experiment, metrics: list[dict]) -> dict[str, float]:
+    """The step that is best by `ex.best`, the newest of equals, and what was measured at it.
+
+    It is the step whose checkpoint is kept as the best; {} if nothing has been measured.
+    """
+    split, _, metric = str(ex.best).rpartition("/")
+    sign = 1 if ex.best_mode == "max" else -1
+    scores = [
+        (sign * line[metric], line["step"])
+        for line in metrics
+        if line["split"] == split and np.isfinite(line[metric])
+    ]
+    if not scores:
+        return {}
+    step = max(scores)[1]
+    found = {
+        f"{line['split']}/{name}": value
+        for line in metrics
+        if line["step"] == step and line["split"] in ex.evals
+        for name, value in scalars(line).items()
+    }
+    return {"step": step} | found
+
+
 def pictures(p: Plan, state: State, metrics: list[dict], folder: Path) -> None:
-    """Curves, and of each split a confusion matrix, if it was measured, and examples."""
+    """Curves; of each split, if they were measured, a confusion matrix, ROC and PR; examples."""
     plots.curves(metrics, folder / "curves.png")
     latest = {line["split"]: line for line in metrics}
     for i, (split, data) in enumerate(p.evals.items()):
         suffix = f"-{split}" if i else ""
-        if "confusion_matrix" in latest[split]:
-            counts_KxK = np.array(latest[split]["confusion_matrix"])
-            plots.confusion(counts_KxK, data.classes, folder / f"confusion{suffix}.png")
-        if len(shape := data.fields["x"].shape) == 4 and shape[-1] in (1, 3) and data.classes:
+        for name, file, draw in (
+            ("confusion_matrix", "confusion", plots.confusion),
+            ("roc_curve", "roc", plots.roc),
+            ("pr_curve", "pr", plots.precision_recall),
+        ):
+            if name in latest[split]:
+                draw(np.array(latest[split][name]), data.classes, folder / f"{file}{suffix}.png")
+        x = data.fields["x"] if "x" in data.fields else np.zeros(0)
+        if len(x.shape) == 4 and x.shape[-1] in (1, 3) and data.classes:
             examples(p, state, data, folder / f"examples{suffix}.png")
 
 
@@ -209,6 +271,11 @@ def parameters(p: Plan) -> int:
     """How many numbers the model learns."""
     shapes = jax.tree.leaves(jax.eval_shape(p.init).params)
     return sum(int(np.prod(a.shape)) for a in shapes)
+
+
+def _sized(data: Dataset, examples: int) -> str:
+    each = f" of {data.units} {data.unit}" if data.units > 1 else ""
+    return f"{data.name}: {examples:,} examples{each}"
 
 
 def _size(nbytes: float) -> str:

@@ -18,7 +18,10 @@ from jaxeco.errors import UserError
 
 def named(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by name, in the tree's order."""
-    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    leaves = jax.tree.leaves_with_path(tree)
+    by_name = {_name(path): leaf for path, leaf in leaves}
+    assert len(by_name) == len(leaves), "two leaves have the same path"
+    return by_name
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,16 +9,16 @@ PACKAGE = Path(__file__).parent.parent / "jaxeco"
 
 # From top to bottom. A module may import from the floors below its own.
 FLOORS = [
-    ["run"],
+    ["run", "weights", "sample"],
     ["session", "command"],
     ["fit"],
-    ["evaluate", "train"],
-    ["forward", "parallel", "checkpoint", "log", "plots", "folder", "interrupt"],
+    ["evaluate", "train", "pretrained"],
+    ["generate", "forward", "parallel", "checkpoint", "log", "plots", "folder", "interrupt"],
     ["config"],
     ["experiment"],
-    ["optim", "data", "models", "losses"],
+    ["optim", "data", "models", "losses", "ranking"],
     ["metrics", "schedules"],
-    ["axes", "runtime"],
+    ["axes", "runtime", "trees"],
     ["errors"],
 ]
 HEIGHT = {name: -floor for floor, names in enumerate(FLOORS) for name in names}

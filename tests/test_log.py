@@ -140,6 +140,7 @@ def test_rate_and_time_left_leave_out_compiling_and_evaluating(tmp_path, clock):
         log.train(40, {"loss": 1.0})  # in 4 s
     rates = [line.get("examples_per_second") for line in read_metrics(tmp_path)]
     assert rates == [None, 64.0, 160.0, None, 80.0]
+    assert "images_per_second" in read_metrics(tmp_path)[1]
     assert stream.getvalue().splitlines() == [
         "step 10/90  loss 4.0000",
         "step 20/90  loss 3.0000  64 images/s  0:35 left",
@@ -148,6 +149,31 @@ def test_rate_and_time_left_leave_out_compiling_and_evaluating(tmp_path, clock):
         # evaluations belong to what is left: 111 s for the last 30 steps
         "step 40/90  loss 1.0000  80 images/s  3:05 left",
     ]
+
+
+def test_the_rate_of_a_text_is_in_tokens(tmp_path, clock):
+    stream = io.StringIO()
+    with make(tmp_path, unit="tokens", units=64, stream=stream) as log:
+        log.mark(1)
+        clock.now += 9
+        log.train(10, {"loss": 4.0})
+    (line,) = read_metrics(tmp_path)
+    assert (line["examples_per_second"], line["tokens_per_second"]) == (32.0, 2048.0)
+    assert "2,048 tokens/s" in stream.getvalue()
+
+
+def test_history_is_of_all_sessions(tmp_path):
+    with make(tmp_path) as log:
+        log.train(10, {"loss": 9.0})
+        log.evaluation(10, "test", {"loss": 1.0, "curve": [1.0]})
+        log.evaluation(20, "test", {"loss": math.nan})
+        log.evaluation(30, "test", {"loss": 3.0})
+    with make(tmp_path, first_step=20) as log:
+        log.evaluation(30, "test", {"loss": np.float32(4.0)})
+        (first, second, third) = log.history("test/loss")
+        assert (first, third) == ((10, 1.0), (30, 4.0))
+        assert second[0] == 20 and math.isnan(second[1])
+        assert log.history("test/curve") == log.history("valid/loss") == []
 
 
 def test_marking_the_compiled_step_gives_the_first_line_a_rate(tmp_path, clock):

@@ -6,12 +6,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.metrics import confusion_matrix, recall_score, top_k_accuracy_score
+from scipy.special import log_softmax, softmax
+from sklearn.metrics import (
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_score,
+    recall_score,
+    top_k_accuracy_score,
+)
 
-from jaxeco.metrics import Accuracy, ConfusionMatrix, Mean, PerClassAccuracy, TopK
+from jaxeco.metrics import (
+    F1,
+    Accuracy,
+    BitsPerByte,
+    ConfusionMatrix,
+    Mean,
+    PerClassAccuracy,
+    Perplexity,
+    Precision,
+    Recall,
+    SequenceAccuracy,
+    TopK,
+    cross_entropy,
+)
 
 K = 5
-ALL = [Accuracy(), TopK(2), PerClassAccuracy(K), ConfusionMatrix(K)]
+ALL = [Accuracy(), TopK(2), PerClassAccuracy(K), ConfusionMatrix(K), F1("macro")]
 IDS = [m.name for m in ALL]
 
 
@@ -183,4 +204,99 @@ def test_errors_name_the_shapes(call, says):
 
 
 def test_names():
-    assert IDS == ["accuracy", "top2", "per_class_accuracy", "confusion_matrix"]
+    expected = ["accuracy", "top2", "per_class_accuracy", "confusion_matrix", "macro_f1"]
+    assert expected == IDS
+    assert [m("binary").name for m in (Precision, Recall, F1)] == ["precision", "recall", "f1"]
+
+
+def test_cross_entropy_of_a_large_vocabulary():
+    rng = np.random.default_rng(2)
+    z, y = rng.normal(size=(3, 2, 50_000)).astype(np.float32) * 5, rng.integers(0, 50_000, (3, 2))
+    expected = -np.take_along_axis(log_softmax(np.float64(z), -1), y[..., None], -1)[..., 0]
+    np.testing.assert_allclose(jax.jit(cross_entropy)(z, y), expected, rtol=1e-6)
+    far = z + np.float32(2**14)  # exact in float32 up to 2^-10
+    expected = -np.take_along_axis(log_softmax(np.float64(far), -1), y[..., None], -1)[..., 0]
+    np.testing.assert_allclose(jax.jit(cross_entropy)(far, y), expected, rtol=1e-6)
+    # -1 is not the last class; and uint8 will do for labels of more than 256 classes
+    assert np.isnan(cross_entropy(z[0, :, :3], np.array([-1, 3]))).all()
+    assert np.isfinite(cross_entropy(z[0, :, :300], np.array([7, 255], np.uint8))).all()
+
+
+def test_perplexity():
+    z, y = data()
+    expected = np.exp(log_loss(y, softmax(np.float64(z), -1), labels=range(K)))
+    assert Perplexity().result(run(Perplexity(), z, y)) == pytest.approx(expected, rel=1e-6)
+    uniform = run(Perplexity(), np.zeros((4, 3, K)), np.zeros((4, 3), int), np.ones((4, 3)))
+    assert Perplexity().result(uniform) == pytest.approx(K, rel=1e-6)
+
+
+class Words:
+    """A tokenizer's description whose tokens stand for 0, 1, 1, 2 and 4 bytes."""
+
+    def open(self):
+        return self
+
+    def token_bytes(self):
+        return np.array([0, 1, 1, 2, 4], np.int32)
+
+
+def test_bits_per_byte():
+    metric = BitsPerByte(Words())
+    z, y = np.zeros((2, 3, 8)), np.array([[0, 4, 3], [1, 2, 7]])  # 3 bits each; 7: room to spare
+    sums = run(metric, z, y, np.array([[1, 1, 1], [1, 1, 0]]))
+    assert metric.result(sums) == pytest.approx(15 / 8, rel=1e-6)
+    parts = run(metric, z[:1], y[:1]) + run(metric, z[1:], y[1:], np.array([[1, 1, 0]]))
+    assert metric.result(parts) == pytest.approx(15 / 8, rel=1e-6)
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\) are fewer than the tokenizer's 5 tokens"):
+        run(metric, z[..., :4], y)
+
+
+def test_a_sequence_is_right_if_all_that_counts_of_it_is():
+    y = np.array([[0, 1, 2], [0, 1, 2], [0, 1, 2], [2, 1, 0]])
+    z = np.eye(3)[np.array([[0, 1, 2], [0, 1, 0], [1, 1, 2], [0, 0, 0]])]
+    weights = np.array([[1, 1, 1], [1, 2, 0], [1, 1, 1], [0, 0, 0]])
+    sums = run(SequenceAccuracy(), z, y, weights)
+    assert (float(sums.total), float(sums.weight)) == (2, 3)  # the last has nothing that counts
+    sums = run(SequenceAccuracy(), z, y, np.array([1, 1, 0, 1]))
+    assert (float(sums.total), float(sums.weight)) == (1, 3)
+    assert run(SequenceAccuracy(), z[:, 0], y[:, 0]).value() == 0.5  # of one position: accuracy
+
+
+@pytest.mark.parametrize("average", ["binary", "macro", "micro"])
+def test_counted_metrics_against_sklearn(average):
+    rng = np.random.default_rng(3)
+    k = 2 if average == "binary" else 6
+    for case in range(4):
+        z = rng.normal(size=(40, k)).astype(np.float32)
+        y = rng.integers(0, k, 40)
+        mask = (rng.random(40) < 0.8).astype(np.float32)
+        if case == 1:  # class 2 is neither true nor given, class 3 never true, class 0 never given
+            z[:, 2 % k], z[:, 0] = -9, -9
+            y[y == 2], y[y == 3] = 1, 1
+        if case == 2:
+            y[:] = 0
+        weights = mask * (rng.integers(1, 4, 40) if case == 3 else 1)
+        given, kept = z.argmax(1), mask > 0
+        for metric, reference in (
+            (Precision(average), precision_score),
+            (Recall(average), recall_score),
+            (F1(average), f1_score),
+        ):
+            expected = reference(
+                y[kept], given[kept], average=average, sample_weight=weights[kept], zero_division=0
+            )
+            got = metric.result(run(metric, z, y, weights))
+            assert got == pytest.approx(expected, abs=1e-12), (metric, case)
+    nothing = run(F1(average), z, y, 0 * mask)
+    assert np.isnan(F1(average).result(nothing))
+
+
+def test_a_model_with_one_output_says_yes_above_0():
+    z, y = np.array([-1.0, 0.0, 2.0, 3.0]), np.array([0, 1, 1, 0])
+    for outputs in (z, z[:, None], np.stack([0 * z, z], 1)):
+        for truth in (y, y.astype(np.int8)) if outputs.ndim == 2 else (y, y > 0, y.astype(float)):
+            assert F1("binary").result(run(F1("binary"), outputs, truth)) == 0.5
+    with pytest.raises(ValueError, match=r"average='binary'.*\(4, 3\) are not of 2 classes"):
+        run(F1("binary"), np.ones((4, 3)), y)
+    with pytest.raises(ValueError, match=r"Recall.average='weighted': expected binary"):
+        Recall("weighted")

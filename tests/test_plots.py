@@ -79,6 +79,28 @@ def test_confusion_of_few_and_many_classes(tmp_path, k):
     assert 500 < height <= width < 2000
 
 
+@pytest.mark.parametrize("draw", [plots.roc, plots.precision_recall])
+def test_curves_of_classes(tmp_path, draw):
+    x = np.linspace(0, 1, 50)
+    curves = np.stack([np.stack([x, x ** (1 / (k + 1))], 1) for k in range(14)])
+    blue = plots.COLOURS[0]
+    draw(curves[:1], ("no", "yes"), tmp_path / "one.png")
+    assert pixels(tmp_path / "one.png", blue) > 100
+    one = read(tmp_path / "one.png")
+    curves[1] = np.nan  # a class without examples
+    draw(curves, [f"class {k}" for k in range(14)], tmp_path / "many.png")
+    many = read(tmp_path / "many.png")
+    assert pixels(tmp_path / "many.png", blue) > 100
+    assert (many[:, -80:] < 128).sum() > 50 + (one[:, -80:] < 128).sum()  # names
+
+
+def test_curves_show_f1_where_it_was_measured(tmp_path):
+    plots.curves(lines("test", (1, 2), loss=lambda s: 1 / s), tmp_path / "a.png")
+    both = lines("test", (1, 2), loss=lambda s: 1 / s, macro_f1=lambda s: s / 3)
+    plots.curves(both, tmp_path / "b.png")
+    assert read(tmp_path / "b.png").shape[1] > 1.8 * read(tmp_path / "a.png").shape[1]
+
+
 def test_a_perfect_confusion_matrix_is_dark_on_its_diagonal_alone(tmp_path):
     plots.confusion((np.eye(4, dtype=int) * 50).tolist(), (), tmp_path / "a.png")
     image = read(tmp_path / "a.png")[:, :520]  # without the scale

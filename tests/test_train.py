@@ -15,9 +15,10 @@ from jaxeco.checkpoint import Checkpoints
 from jaxeco.data.pipeline import assemble
 from jaxeco.errors import UserError
 from jaxeco.experiment import Epochs, Experiment, Steps
-from jaxeco.fit import Diverged, Plan, fit, plan
+from jaxeco.fit import Diverged, Plan, fit, plan, stalled
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics
+from jaxeco.pretrained import Pretrained
 from jaxeco.train import State
 
 rng = np.random.default_rng(0)
@@ -89,7 +90,7 @@ def test_many_steps_in_a_call_are_the_same_steps(
 
 def batch_of(p: Plan) -> dict[str, Any]:
     index = np.arange(p.ex.batch, dtype=np.int32)
-    return assemble({"x": X, "y": Y}, {"index": index})
+    return assemble({"x": X, "y": Y}, {"row": index})
 
 
 def test_the_step_needs_no_compiler() -> None:
@@ -181,7 +182,11 @@ def test_masked_examples_do_not_count() -> None:
 def train(folder: Path, ex: Experiment, stop_at: int | None = None) -> State:
     """One session in `folder`, resumed if there is something to resume."""
     p = plan(ex, jax.devices()[:2])
-    with Interrupt() as interrupt, Checkpoints(folder / "checkpoints", description={}) as saved:
+    best = {"best": ex.best, "best_mode": ex.best_mode}
+    with (
+        Interrupt() as interrupt,
+        Checkpoints(folder / "checkpoints", description={}, **best) as saved,
+    ):
         state, step = saved.restore(p.abstract_state()) or (p.start(), 0)
         with Log(folder, total_steps=p.steps, first_step=step, examples_per_step=ex.batch) as log:
             return fit(p, state, saved, log, interrupt, stop_at)
@@ -252,6 +257,85 @@ def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path, times: int) ->
     with Checkpoints(tmp_path / "checkpoints", description={}, best=ex.best) as saved:
         assert saved.latest_step() == 2
         assert saved.best_step() in (1, 2)
+
+
+def patient(patience: int, lr: float = 0.05, **changes: Any) -> Experiment:
+    return experiment(
+        best="test/loss",
+        best_mode="min",
+        patience=patience,
+        optimizer=optim.SGD(lr=lr),
+        eval_every=Steps(2),
+        save_every=Steps(4),
+        **changes,
+    )
+
+
+def test_patience_ends_the_run_and_a_resumed_one_decides_alike(tmp_path: Path) -> None:
+    ex = patient(3, lr=1e-30)  # the parameters stay, and nothing gets better after the first
+    ex = dataclasses.replace(ex, model=models.MLP(widths=(4,), num_classes=2))
+    assert int(train(tmp_path / "a", ex).step) == 8  # best at 2, no better at 4, 6 and 8
+    assert int(train(tmp_path / "a", ex).step) == 8  # and it stays at that
+    assert int(train(tmp_path / "b", ex, stop_at=6).step) == 6
+    assert int(train(tmp_path / "b", ex).step) == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "patience", "since"),
+    [
+        ([3.0, 2.0, 2.5, 2.0], "min", 2, 2),  # an equal is no better
+        ([3.0, 2.0, 2.5, 2.0], "min", 3, None),
+        ([3.0, 2.0, 2.5, 1.9], "min", 1, None),
+        ([0.1, 0.5, 0.2, 0.3], "max", 2, 2),
+        ([np.nan, 0.5, np.nan, np.nan], "max", 2, 2),
+        ([np.nan, np.nan], "max", 1, 1),
+        ([], "max", 1, None),
+    ],
+)
+def test_what_counts_as_better(
+    tmp_path: Path, values: list[float], mode: str, patience: int, since: int | None
+) -> None:
+    ex = experiment(best="test/loss", best_mode=mode, patience=patience)
+    options: dict[str, Any] = {"total_steps": 9, "examples_per_step": 1, "tensorboard": False}
+    with Log(tmp_path, **options) as log:
+        for step, value in enumerate(values, 1):
+            log.evaluation(step, "test", {"loss": value})
+        assert stalled(ex, log) == since
+    with Log(tmp_path, first_step=9, **options) as log:  # as a resumed run sees it
+        assert stalled(ex, log) == since
+        assert stalled(dataclasses.replace(ex, patience=None), log) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patience": 3}, r"patience=3, best=None: expected at least 1, and a best"),
+        ({"patience": 0, "best": "test/loss"}, r"patience=0, best='test/loss': expected at least"),
+        ({"eval_metrics": (metrics.Accuracy(),)}, "two are called 'accuracy'"),
+    ],
+)
+def test_an_experiment_checks_its_fields(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        experiment(**changes)
+
+
+def test_a_run_starts_from_the_parameters_of_another(tmp_path: Path) -> None:
+    ex = experiment(length=Steps(2), optimizer=optim.SGD(lr=0.05), best="test/loss")
+    first = train(tmp_path, ex)
+    source = Pretrained(str(tmp_path), checkpoint="newest", fresh=("out/.*|.*_1/.*",))
+    p = plan(experiment(start_from=source, seed=1), jax.devices()[:2])
+    reports: list[Any] = []
+    state = p.start(reports.append)
+    fresh = jax.device_get(plan(experiment(seed=1), jax.devices()[:2]).start().params)
+    for name, leaf in jax.tree.leaves_with_path(state.params):
+        key = jax.tree_util.keystr(name, simple=True, separator="/")
+        origin = first.params if key in reports[0].loaded else fresh
+        (expected,) = [a for path, a in jax.tree.leaves_with_path(origin) if path == name]
+        np.testing.assert_array_equal(leaf, expected)
+    assert reports[0].loaded and reports[0].fresh
+    feed = p.feed()
+    state, sums = p.compiled()(state, feed.resident, feed.fed(0))  # its buffers can be given up
+    assert int(state.step) == 1 and np.isfinite(sums["loss"].total).all()
 
 
 def test_a_batch_in_which_nothing_counts_changes_nothing() -> None:

@@ -47,8 +47,8 @@ def run(model: Any, variables: Any, *args: Any, **options: Any) -> Any:
 def test_attention_on_small_integers_by_hand() -> None:
     # two positions, one head, K = 4, so that scores are halved; ln 3 makes the weights quarters
     q = np.array([[2.0, 0, 0, 0], [0, 2, 0, 0]])[None, :, None]
-    k = np.array([[np.log(3), 0, 0, 0], [0, 0, 0, 0]])[None, :, None]
-    v = np.array([[4.0, 0, 8, 0], [0, 4, 0, 16]])[None, :, None]
+    k = np.array([[np.log(3), 0, 0, 0], [0, 0, 0, 0]])[None, None]
+    v = np.array([[4.0, 0, 8, 0], [0, 4, 0, 16]])[None, None]
     # scores: q0·k0/2 = ln 3, q0·k1/2 = 0 -> weights 3/4, 1/4; q1: 0, 0 -> 1/2, 1/2
     expected = np.array([[3.0, 1, 6, 4], [2, 2, 4, 8]])[None, :, None]
     q, k, v = (jnp.asarray(a, jnp.float32) for a in (q, k, v))
@@ -60,14 +60,15 @@ def test_attention_on_small_integers_by_hand() -> None:
 
 
 def test_heads_share_keys_in_order() -> None:
-    q, k, v = (jax.random.normal(jax.random.key(i), (2, 5, h, 4)) for i, h in enumerate((6, 2, 2)))
-    repeated = attend(q, jnp.repeat(k, 3, 2), jnp.repeat(v, 3, 2), None, "einsum")
+    q = jax.random.normal(KEY, (2, 5, 6, 4))
+    k, v = jax.random.normal(jax.random.key(1), (2, 2, 2, 5, 4))
+    repeated = attend(q, jnp.repeat(k, 3, 1), jnp.repeat(v, 3, 1), None, "einsum")
     for method in ("einsum", "xla"):
         np.testing.assert_allclose(attend(q, k, v, None, method), repeated, atol=1e-6)
 
 
 def test_a_row_with_nothing_allowed_is_finite() -> None:
-    q = jnp.ones((1, 2, 1, 4))
+    q = jnp.ones((1, 2, 2, 4))
     nothing = jnp.zeros((1, 2, 2), bool)
     assert np.isfinite(jax.grad(lambda q: attend(q, q, q, nothing, "einsum").sum())(q)).all()
 

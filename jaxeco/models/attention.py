@@ -15,8 +15,8 @@ FORBIDDEN = -1e30  # a score that no softmax sees, and yet finite: a row may be 
 
 def attend(
     q_BxTxHxK: jax.Array,
-    k_BxSxGxK: jax.Array,
-    v_BxSxGxK: jax.Array,
+    k_BxGxSxK: jax.Array,
+    v_BxGxSxK: jax.Array,
     allowed_BxTxS: jax.Array | None,
     method: Method = "auto",
 ) -> jax.Array:
@@ -35,19 +35,19 @@ def attend(
     chosen = _fastest(q_BxTxHxK) if method == "auto" else method
     if chosen != "einsum":
         mask = None if allowed_BxTxS is None else allowed_BxTxS[:, None]
+        k_BxSxGxK, v_BxSxGxK = k_BxGxSxK.swapaxes(1, 2), v_BxGxSxK.swapaxes(1, 2)
         return jax.nn.dot_product_attention(
             q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask=mask, implementation=chosen
         )
     B, T, H, K = q_BxTxHxK.shape
-    G = k_BxSxGxK.shape[2]
+    G = k_BxGxSxK.shape[1]
     q_BxGxRxTxK = (q_BxTxHxK * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    k_BxGxSxK, v_BxGxSxK = (a.swapaxes(1, 2) for a in (k_BxSxGxK, v_BxSxGxK))
     scores_BxGxRxTxS = jnp.einsum(
         "bgrtk,bgsk->bgrts", q_BxGxRxTxK, k_BxGxSxK, preferred_element_type=jnp.float32
     )
     if allowed_BxTxS is not None:
         scores_BxGxRxTxS = jnp.where(allowed_BxTxS[:, None, None], scores_BxGxRxTxS, FORBIDDEN)
-    p_BxGxRxTxS = jax.nn.softmax(scores_BxGxRxTxS, axis=-1).astype(v_BxSxGxK.dtype)
+    p_BxGxRxTxS = jax.nn.softmax(scores_BxGxRxTxS, axis=-1).astype(v_BxGxSxK.dtype)
     o_BxGxRxTxK = jnp.einsum("bgrts,bgsk->bgrtk", p_BxGxRxTxS, v_BxGxSxK)
     return o_BxGxRxTxK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 

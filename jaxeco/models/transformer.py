@@ -26,7 +26,7 @@ class Cache(NamedTuple):
     Rows may differ in length: row b begins at slot start_B[b], what is to its left is padding.
     """
 
-    keys: tuple[jax.Array, ...]  # of each layer, [B, S, G, K]
+    keys: tuple[jax.Array, ...]  # of each layer, [B, G, S, K]: each head's lie together
     values: tuple[jax.Array, ...]
     tokens_BxS: jax.Array
     filled: jax.Array  # i32[]: slots that are taken
@@ -131,7 +131,7 @@ class Block(Stack, kw_only=True):
     def __call__(
         self, x_BxTxD: jax.Array, seen: Seen, kv: Any, train: bool
     ) -> tuple[jax.Array, Any]:
-        """The stream after this block, and the keys and values [B, S, G, K] of a cache."""
+        """The stream after this block, and the keys and values [B, G, S, K] of a cache."""
 
         def self_attention(x: jax.Array) -> jax.Array:
             nonlocal kv
@@ -166,8 +166,9 @@ class Block(Stack, kw_only=True):
         allowed = seen.memory_allowed_Bx1xM if name else seen.allowed_BxTxS
         if self.positions == "rotary" and not name:
             q, k = (rotate(a, seen.position_BxT, self.rotary_base) for a in (q, k))
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if kv is not None:
-            at = (0, seen.first, 0, 0)
+            at = (0, 0, seen.first, 0)
             k, v = (jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(kv, (k, v)))
             kv = (k, v)
         o = attend(q, k, v, allowed, self.attention)
@@ -314,7 +315,7 @@ class Transformer(Stack, kw_only=True):
     def empty_cache(self, batch: int, slots: int, start_B: jax.Array | None = None) -> Cache:
         """A cache with room for `slots` tokens a row, which begin at `start_B`, by default 0."""
         heads = self.kv_heads or self.heads
-        shape = (batch, slots, heads, self.width // self.heads)
+        shape = (batch, heads, slots, self.width // self.heads)
         dtype = self.token_embed.embedding.dtype
         keys, values = (
             tuple(jnp.zeros(shape, dtype) for _ in range(self.layers)) for _ in range(2)
