@@ -94,6 +94,31 @@ def logits(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def product(
+    x: jax.Array,
+    kernel_CxF: jax.Array,
+    dimensions: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """x [..., C] times a kernel: `nn.Dense(..., dot_general=product)`.
+
+    It is `jax.lax.dot_general` with the two the other way round. So the kernel's gradient is one of
+    x and the output's gradient, rather than the reverse, and XLA on CPU transposes x for it, which
+    is there already, rather than all that goes into the output's gradient, computed once more. The
+    step of a small GPT takes two thirds of the time.
+    """
+    assert dimensions == (((x.ndim - 1,), (0,)), ((), ())), dimensions
+    y_FxN = jax.lax.dot_general(
+        kernel_CxF,
+        x.reshape(-1, x.shape[-1]),
+        (((0,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return y_FxN.T.reshape(*x.shape[:-1], -1)
+
+
 # Layers.
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxeco.models.attention import Method, attend, layout, rotate, sinusoids
-from jaxeco.models.layers import Dropout, check_choice, check_count, check_rate, logits
+from jaxeco.models.layers import Dropout, check_choice, check_count, check_rate, logits, product
 
 Norm = Literal["layer", "rms"]
 Positions = Literal["learned", "sinusoidal", "rotary"]
@@ -112,6 +112,9 @@ class Stack(nn.Module, kw_only=True):
         return {name: getattr(self, name) for name in FIELDS}
 
     def normalise(self, name: str, x: jax.Array) -> jax.Array:
+        # without the barrier XLA on CPU computes the stream's gradient anew wherever it is used,
+        # from all branches above
+        x = jax.lax.optimization_barrier(x)
         return _norm(self.norm, self.norm_eps, self.bias, name)(x)
 
 
@@ -187,7 +190,9 @@ class Block(Stack, kw_only=True):
         init = nn.initializers.normal(sd)
         if last and self.zero_init:
             init = nn.initializers.zeros
-        return nn.Dense(features, use_bias=self.bias, kernel_init=init, name=name)
+        return nn.Dense(
+            features, use_bias=self.bias, kernel_init=init, dot_general=product, name=name
+        )
 
 
 def _activate(of: Stack, h: jax.Array) -> jax.Array:
