@@ -1,0 +1,62 @@
+"""Shakespeare by characters, in the time of nanoGPT's recipe for a CPU: a modern decoder and Muon.
+
+    python -m jaxeco.run experiments/shakespeare_fast.py seed=0    # and seed=1, seed=2
+    python -m jaxeco.sample runs/shakespeare_fast --prompt "ROMEO:"
+
+CLAIM
+"""
+
+from shakespeare_char import texts
+
+from jaxeco import data, losses, metrics, models, optim, schedules
+from jaxeco.experiment import Experiment, Steps
+
+
+def experiment(
+    lr: float = 0.02,  # of Muon, for the matrices of the blocks; falls linearly to 0
+    adam_lr: float = 5e-3,  # of AdamW, for embeddings, norms and head
+    context: int = 128,  # characters
+    batch: int = 16,  # windows of text a step
+    steps: int = 450,
+    width: int = 128,
+    layers: int = 4,
+) -> Experiment:
+    train, valid, characters = texts()
+    return Experiment(
+        name="shakespeare_fast",
+        train=data.TextWindows(train, characters, context),
+        evals={"valid": data.TextWindows(valid, characters, context)},
+        model=models.LanguageModel(
+            models.Transformer(
+                vocab_size=65,
+                context=context,
+                layers=layers,
+                heads=4,
+                width=width,
+                norm="rms",
+                positions="rotary",
+                activation="relu2",
+                qk_norm=True,
+                bias=False,
+                zero_init=True,
+            ),
+            tied=False,
+        ),
+        loss=losses.SoftmaxCrossEntropy(),
+        metrics=(metrics.Accuracy(),),
+        eval_metrics=(metrics.Perplexity(), metrics.BitsPerByte(characters)),
+        optimizer=optim.Muon(
+            schedules.Linear(lr),
+            matrices=".*block_.*/kernel",
+            rest=optim.AdamW(schedules.Linear(adam_lr), b1=0.8, b2=0.95, weight_decay=0.0),
+        ),
+        batch=batch,
+        length=Steps(steps),
+        steps_per_call=10,
+        eval_batch=64,
+        eval_every=Steps(150),
+        save_every=Steps(150),
+        log_every=Steps(20),
+        best="valid/loss",
+        best_mode="min",
+    )
