@@ -91,7 +91,7 @@ def test_curves_of_classes(tmp_path, draw):
     draw(curves, [f"class {k}" for k in range(14)], tmp_path / "many.png")
     many = read(tmp_path / "many.png")
     assert pixels(tmp_path / "many.png", blue) > 100
-    assert (many[:, -80:] < 128).sum() > 50 + (one[:, -80:] < 128).sum()  # names
+    assert (many < 128).sum() > 50 + (one < 128).sum()  # names
 
 
 def test_curves_show_f1_where_it_was_measured(tmp_path):

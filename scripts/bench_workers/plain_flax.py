@@ -44,25 +44,53 @@ class CifarNet(nn.Module):
         return nn.Dense(10, use_bias=False)(x.max((1, 2)))
 
 
+class GPT(nn.Module):
+    """The network of experiments/shakespeare_char.py."""
+
+    @nn.compact
+    def __call__(self, tokens, train):
+        embed, mask = nn.Embed(65, 128), nn.make_causal_mask(tokens)
+        x = embed(tokens) + nn.Embed(64, 128)(jnp.arange(64))
+        for _ in range(4):
+            y = nn.LayerNorm(use_bias=False)(x)
+            y = nn.MultiHeadDotProductAttention(4, use_bias=False)(y, mask=mask)
+            x = x + y
+            y = nn.LayerNorm(use_bias=False)(x)
+            y = nn.Dense(128, use_bias=False)(nn.gelu(nn.Dense(512, use_bias=False)(y)))
+            x = x + y
+        return embed.attend(nn.LayerNorm(use_bias=False)(x))
+
+
+adamw = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, 0.9, 0.99, weight_decay=0.1))
 # model, optimizer, batch, steps between two waits
 WORKLOADS = {
     "lenet": (LeNet(), optax.sgd(0.001, 0.9), 4, 50),
     "cifar_cnn": (CifarNet(), optax.sgd(0.1, 0.9, nesterov=True), 500, 1),
+    "char_gpt": (GPT(), adamw, 12, 10),
 }
 
 
 def main(workload: str) -> None:
     model, tx, batch, steps = WORKLOADS[workload]
     noise = np.random.default_rng(0)
-    data_x = jnp.asarray(noise.integers(0, 256, (10_000, 32, 32, 3)), jnp.uint8)
+    text = workload == "char_gpt"
+    if text:
+        data_x = jnp.asarray(noise.integers(0, 65, 1_000_000))
+    else:
+        data_x = jnp.asarray(noise.integers(0, 256, (10_000, 32, 32, 3)), jnp.uint8)
     data_y = jnp.asarray(noise.integers(0, 10, 10_000))
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), False)
+    one = jnp.zeros((1, 64), int) if text else jnp.zeros((1, 32, 32, 3))
+    variables = model.init(jax.random.key(0), one, False)
     params, stats = variables["params"], {k: v for k, v in variables.items() if k != "params"}
     opt_state, order, step = tx.init(params), noise.permutation(10_000), 0
 
     @jax.jit
     def train_step(params, stats, opt_state, index):
-        x, y = (data_x[index].astype(jnp.float32) / 255 - 0.5) / 0.5, data_y[index]
+        if text:
+            window = data_x[index[:, None] + jnp.arange(65)]
+            x, y = window[:, :-1], window[:, 1:]
+        else:
+            x, y = (data_x[index].astype(jnp.float32) / 255 - 0.5) / 0.5, data_y[index]
 
         def loss_fn(params):
             logits, new = model.apply({"params": params, **stats}, x, True, mutable=list(stats))
@@ -79,7 +107,7 @@ def main(workload: str) -> None:
             params, stats, opt_state, loss = train_step(params, stats, opt_state, index)
             step += 1
         loss.block_until_ready()
-        return steps * batch
+        return steps * batch * (64 if text else 1)
 
     serve(f"plain Flax (JAX {jax.__version__})", train)
 
