@@ -24,6 +24,7 @@ from jaxeco.experiment import Experiment
 from jaxeco.forward import Sums, predict, preprocess, results, whole_split
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log
+from jaxeco.optim import clip_by_global_norm
 from jaxeco.train import State, init, many_steps, train_step
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def plan(ex: Experiment, devices: Sequence[jax.Device] | None = None) -> Plan:
     tx = ex.optimizer.build(steps)
     if ex.clip_norm is not None:
         # of the parameters that are trained: frozen ones have gradients, too
-        clip = optax.masked(optax.clip_by_global_norm(ex.clip_norm), ex.optimizer.trains)
+        clip = optax.masked(clip_by_global_norm(ex.clip_norm), ex.optimizer.trains)
         tx = optax.chain(clip, tx)
     if steps >= 2**31:
         raise UserError(f"a run of {steps:,} steps: expected fewer than 2^31")

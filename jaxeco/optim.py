@@ -98,6 +98,21 @@ class GradientDescent(Optimizer):
         return optax.stateless(lambda updates, params: map_named(add, updates, params))
 
 
+def clip_by_global_norm(longest: float) -> optax.GradientTransformation:
+    """Shortens gradients to a norm of `longest` over all parameters (Pascanu et al. 2013).
+
+    As optax's, but the squares are summed by products: XLA's sums of many small arrays take 3 of
+    the 38 ms that the step of a small GPT takes on a CPU.
+    """
+
+    def update(updates: Any, params: Any) -> Any:
+        squares = [jnp.vdot(g, g, precision="highest") for g in jax.tree.leaves(updates)]
+        scale = jnp.minimum(1, longest / jnp.sqrt(sum(squares)))
+        return jax.tree.map(lambda g: g * scale, updates)
+
+    return optax.stateless(update)
+
+
 @dataclass(frozen=True)
 class SGD(GradientDescent):
     """Stochastic gradient descent, d = g. Here `l2` and `weight_decay` come to the same update."""

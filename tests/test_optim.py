@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxeco import optim
 from jaxeco.optim import SGD, AdaGrad, Adam, AdamW, Layerwise, Momentum, Muon, Partition, RMSProp
 from jaxeco.schedules import Cosine, Linear
 
@@ -384,7 +385,7 @@ def test_what_is_frozen_is_known_and_does_not_count_when_gradients_are_clipped()
     assert all(jax.tree.leaves(AdamW(LR).trains(PARAMS)))
 
     frozen = Partition((("norm/.*", None), (".*", SGD(1.0))))
-    tx = optax.chain(optax.masked(optax.clip_by_global_norm(1.0), frozen.trains), frozen.build(1))
+    tx = optax.chain(optax.masked(optim.clip_by_global_norm(1.0), frozen.trains), frozen.build(1))
     params = {"dense": {"kernel": jnp.zeros(2)}, "norm": {"scale": jnp.zeros(1)}}
     grads = {"dense": {"kernel": jnp.array([3.0, 4.0])}, "norm": {"scale": jnp.array([1e6])}}
     updates, _ = tx.update(grads, tx.init(params), params)
@@ -514,3 +515,14 @@ def test_errors_say_what_is_wrong(make, says):
     with pytest.raises(ValueError, match=says) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 3.0])
+def test_clipping_is_optaxs(scale):
+    rng = np.random.default_rng(0)
+    grads = {"a": scale * rng.normal(size=(3, 4)), "b": scale * rng.normal(size=5)}
+    ours, theirs = optim.clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0)
+    got, _ = ours.update(grads, ours.init(grads), grads)
+    expected, _ = theirs.update(grads, theirs.init(grads), grads)
+    for name in grads:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-6)
