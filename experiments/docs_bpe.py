@@ -64,5 +64,4 @@ def experiment(
         eval_batch=64,
         log_every=Steps(20),
         best="test/loss",
-        best_mode="min",
     )

@@ -7,28 +7,15 @@
 CLAIM
 """
 
-from typing import Literal
-
 from docs_bpe import tokens, trunk
 
 from jaxeco import data, losses, metrics, models, optim, ranking, schedules
 from jaxeco.experiment import Epochs, Experiment, Steps
 from jaxeco.pretrained import Pretrained
 
-CLASSES = {"docstrings": 12, "imdb_reviews": 2, "ag_news_subset": 4}
-
-
-def texts(of: str, split: str) -> data.StdlibDocstrings | data.TfdsText:
-    if of == "docstrings":
-        return data.StdlibDocstrings(split)
-    return data.TfdsText(
-        of, split, text="text" if of == "imdb_reviews" else "description", label="label"
-    )
-
 
 def experiment(
     start: str | None = "runs/docs_bpe",  # the run whose weights it starts from; none: anew
-    of: Literal["docstrings", "imdb_reviews", "ag_news_subset"] = "docstrings",  # what to classify
     lr: float = 1e-3,  # of AdamW; falls linearly to 0
     layer_decay: float = 0.8,  # the rate of each layer, as a share of that of the layer above
     length: int = 64,  # tokens of a text that are read
@@ -36,12 +23,11 @@ def experiment(
     epochs: float = 8,
     dropout: float = 0.1,
 ) -> Experiment:
-    classes = CLASSES[of]
     return Experiment(
         name="finetune_classifier" if start else "finetune_classifier_scratch",
-        train=data.LabelledText(texts(of, "train"), tokens(), length),
-        evals={"test": data.LabelledText(texts(of, "test"), tokens(), length)},
-        model=models.TextClassifier(trunk(dropout=dropout), classes, dropout=dropout),
+        train=data.LabelledText(data.StdlibDocstrings("train"), tokens(), length),
+        evals={"test": data.LabelledText(data.StdlibDocstrings("test"), tokens(), length)},
+        model=models.TextClassifier(trunk(dropout=dropout), num_classes=12, dropout=dropout),
         loss=losses.SoftmaxCrossEntropy(),
         metrics=(metrics.Accuracy(),),
         eval_metrics=(
@@ -51,7 +37,7 @@ def experiment(
             ranking.RocAuc(),
             ranking.RocCurve(),
             ranking.PrecisionRecallCurve(),
-            metrics.ConfusionMatrix(classes),
+            metrics.ConfusionMatrix(12),
         ),
         start_from=Pretrained(start) if start else None,
         optimizer=optim.Layerwise(

@@ -3,8 +3,8 @@
     python -m jaxeco.run experiments/gpt2_124m.py
     python -m jaxeco.run experiments/gpt2_124m.py data_set=lm1b vocabulary=gpt2_tokenizer.json
 
-Not trained to its end: no accelerator was at hand, so no result is claimed (n = 0, ± nothing). What
-the tests show is that it is GPT-2: the parameters' number and, for the same weights, the logits of
+No result is claimed: it is not trained to its end, since no accelerator was at hand. What the tests
+show is that it is GPT-2: the parameters' number and, for the same weights, the logits of
 Hugging Face's implementation.
 """
 
@@ -64,5 +64,4 @@ def experiment(
         save_every=Steps(1000),
         log_every=Steps(10),
         best="valid/loss",
-        best_mode="min",
     )

@@ -43,5 +43,4 @@ def experiment(
         eval_batch=64,
         log_every=Steps(10),
         best="valid/loss",
-        best_mode="min",
     )

@@ -5,7 +5,7 @@
 CLAIM
 """
 
-from docs_bpe import VOCABULARY, corpus, tokens, trunk
+from docs_bpe import corpus, tokens, trunk
 
 from jaxeco import data, losses, metrics, models, optim, schedules
 from jaxeco.experiment import Epochs, Experiment, Steps
@@ -19,7 +19,7 @@ def experiment(
     epochs: float = 8,  # passes over the text
     rate: float = 0.15,  # share of the tokens that is to be found
 ) -> Experiment:
-    mask = data.MaskTokens(VOCABULARY, rate)
+    mask = data.MaskTokens(tokens(), rate)
     return Experiment(
         name="masked_lm",
         train=data.TextWindows(corpus("train"), tokens(), context, targets="same"),
@@ -40,5 +40,4 @@ def experiment(
         eval_batch=64,
         log_every=Steps(20),
         best="test/loss",
-        best_mode="min",
     )

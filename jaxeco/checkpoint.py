@@ -276,7 +276,7 @@ def load(
     folder: str | os.PathLike[str],
     abstract: State | None = None,
     *,
-    which: Literal["newest", "best"] | int = "newest",
+    which: Literal["newest", "best"] | int | None = "newest",
     only: Sequence[str] = (),
 ) -> Loaded:
     """Reads a checkpoint without training on: for evaluation, sampling, export. Writes nothing.
@@ -285,7 +285,8 @@ def load(
       folder: the folder given to `Checkpoints`.
       abstract: what to read: any part of the state that was saved, e.g. {"params": ...}, with the
         shardings wanted. None reads into nested dicts of numpy arrays (tuples become dicts too).
-      which: the newest, the best by the metric that the run kept, or a step.
+      which: the newest, the best by the metric that the run kept, or a step; None: the best, where
+        the run kept one, or else the newest.
       only: without `abstract`, the top-level parts wanted, e.g. ("params", "variables"); () is all.
 
     Raises:
@@ -295,14 +296,15 @@ def load(
     steps = _steps(folder)
     if not steps:
         raise UserError(f"no checkpoint in {folder}: expected the checkpoint folder of a run")
-    wanted: Iterable[int]
-    if which == "newest":
-        wanted = reversed(steps)
-    elif which == "best":
-        best = next((kept for step in reversed(steps) if (kept := _kept_by(folder, step))), None)
-        wanted = [step for _, step in sorted(_scores(folder, best), reverse=True)]
-        if not wanted:
+    wanted: Iterable[int] = reversed(steps)
+    if which in ("best", None):
+        kept_by = next((kept for step in reversed(steps) if (kept := _kept_by(folder, step))), None)
+        best = [step for _, step in sorted(_scores(folder, kept_by), reverse=True)]
+        if which == "best" and not best:
             raise UserError(f"no checkpoint in {folder} has the metric that decides which is best")
+        wanted = best or wanted
+    elif which == "newest":
+        pass
     elif which in steps:
         wanted = [which]
     else:

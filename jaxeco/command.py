@@ -17,6 +17,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def checkpoint(text: str) -> str | int:
+    """The type of a --checkpoint option."""
+    if not text.isdigit() and text not in ("best", "newest"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected best, newest or a step")
+    return int(text) if text.isdigit() else text
+
+
 def start(main: Callable[[list[str]], int]) -> NoReturn:
     """Runs `main` on the words of the command line and exits with the status it returns.
 

@@ -92,7 +92,6 @@ class Experiment:
     log_every: Epochs | Steps = field(default=Steps(50), metadata=FREE)
     keep: int = field(default=2, metadata=FREE)  # newest checkpoints that stay
     best: str | None = field(default=None, metadata=FREE)  # and the best by, say, "test/accuracy"
-    best_mode: Literal["max", "min"] = field(default="max", metadata=FREE)
     # evaluations without a better `best` after which the run ends early
     patience: int | None = field(default=None, metadata=FREE)
 
@@ -107,7 +106,6 @@ class Experiment:
         for name, allowed in (
             ("precision", ("float32", "bfloat16")),
             ("parallel", ("jit", "shard_map", "pmap")),
-            ("best_mode", ("max", "min")),
         ):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
@@ -129,6 +127,13 @@ class Experiment:
             known = [f"{split}/{name}" for split in self.evals for name in names]
             if self.best not in known:
                 raise ValueError(f"best={self.best!r}: expected one of {', '.join(known)}")
+
+    @property
+    def best_mode(self) -> Literal["max", "min"]:
+        """Whether more of `best` is better, or less."""
+        name = str(self.best).rpartition("/")[2]
+        lower = [m.lower_is_better for m in (*self.metrics, *self.eval_metrics) if m.name == name]
+        return "min" if name == "loss" or any(lower) else "max"
 
     @property
     def resident_bytes(self) -> float:

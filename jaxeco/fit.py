@@ -21,11 +21,12 @@ from jaxeco.data.pipeline import Feed, fits
 from jaxeco.errors import RunFailed, UserError
 from jaxeco.evaluate import Evaluator, eval_step
 from jaxeco.experiment import Experiment
-from jaxeco.forward import Sums, predict, preprocess, results, whole_split
+from jaxeco.forward import Sums, predict, results, whole_split
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log
 from jaxeco.optim import clip_by_global_norm
 from jaxeco.train import State, init, many_steps, train_step
+from jaxeco.trees import map_named
 
 if TYPE_CHECKING:
     from jaxeco.pretrained import Report
@@ -121,9 +122,8 @@ def plan(ex: Experiment, devices: Sequence[jax.Device] | None = None) -> Plan:
     steps = ex.length.steps(steps_per_epoch)
     tx = ex.optimizer.build(steps)
     if ex.clip_norm is not None:
-        # of the parameters that are trained: frozen ones have gradients, too
-        clip = optax.masked(clip_by_global_norm(ex.clip_norm), ex.optimizer.trains)
-        tx = optax.chain(clip, tx)
+        trained = partial(map_named, ex.optimizer.trains)  # frozen parameters have gradients, too
+        tx = optax.chain(optax.masked(clip_by_global_norm(ex.clip_norm), trained), tx)
     if steps >= 2**31:
         raise UserError(f"a run of {steps:,} steps: expected fewer than 2^31")
     plan = Plan(ex, train, evals, mesh, steps_per_epoch, steps, tx)
@@ -178,26 +178,35 @@ def check(plan: Plan) -> None:
 
 
 def check_text(ex: Experiment, data: Dataset) -> None:
-    """Raises UserError if the data has more tokens, or longer texts, than the model has room for.
+    """Raises UserError if the model, a metric or a transform was made for other tokens.
 
-    A model says what it has room for by `vocab_size` and `context`; one that lacks them is trusted.
+    A model says what it was made for by `vocab_size`, and by a `trunk` with special tokens; one
+    that has neither is trusted.
     """
+    if (tokenizer := data.tokenizer) is None:
+        return
+    trunk = getattr(ex.model, "trunk", None)
+    where = "model.trunk" if trunk is not None else "model"
+    if hasattr(ex.model, "model"):  # in Lora
+        where = f"model.{where}"
     room = getattr(ex.model, "vocab_size", None)
-    if data.tokenizer and room is not None and data.tokenizer.vocab_size > room:
-        size = data.tokenizer.vocab_size
-        field = "model.trunk.vocab_size" if hasattr(ex.model, "trunk") else "model.vocab_size"
+    if room is not None and tokenizer.vocab_size > room:
         raise UserError(
-            f"the tokenizer of {data.name} has {size} tokens, the model room for {room}:"
-            f" set {field}={size}"
+            f"the tokenizer of {data.name} has {tokenizer.vocab_size} tokens, the model room for"
+            f" {room}: set {where}.vocab_size={tokenizer.vocab_size}"
         )
-    context = getattr(ex.model, "context", None)
-    x = jax.eval_shape(partial(preprocess, ex), shapes(data, 1))["x"]
-    longest = max((a.shape[1] for a in jax.tree.leaves(x) if a.ndim > 1), default=0)
-    if context is not None and longest > context:
-        raise UserError(
-            f"the examples of {data.name} are {longest} tokens long, the model's context is"
-            f" {context}: shorten them, or set the model's context={longest}"
-        )
+    for special in ("separator", "pad") if trunk else ():
+        ours, theirs = getattr(trunk, special), getattr(tokenizer, special)
+        if ours is not None and ours != theirs:
+            raise UserError(
+                f"the model's {special} is token {ours}, that of {data.name} {theirs}: set"
+                f" {where}.{special}={theirs}"
+            )
+    for part in (*ex.metrics, *ex.eval_metrics, *ex.augment, *ex.eval_augment):
+        own = getattr(part, "tokenizer", None)
+        if own is not None and own.open().fingerprint != tokenizer.fingerprint:
+            name = type(part).__name__
+            raise UserError(f"{name} has another tokenizer than {data.name}: give it the same")
 
 
 class Diverged(RunFailed):

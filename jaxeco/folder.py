@@ -20,6 +20,8 @@ from jaxeco.config import Loaded, describe, load
 from jaxeco.errors import UserError
 
 RECORD = "run.json"
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer.json"  # of a run on text
 PACKAGES = ("jaxeco", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -46,7 +48,7 @@ def choose(name: str, workdir: Path | None, resume: bool) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    return (folder / RECORD).exists() or any(folder.glob("checkpoints/*"))
+    return (folder / RECORD).exists() or any(folder.glob(f"{CHECKPOINTS}/*"))
 
 
 @contextlib.contextmanager

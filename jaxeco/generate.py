@@ -279,7 +279,7 @@ class Decoding:
         self.vocab = model.vocab_size if vocab is None else vocab
         whole = max(map(len, prompts)) + tokens
         self.slots = min(model.context, _bucket(whole))
-        # what is read anew later has this length, too, so that nothing is compiled then
+        # what is read anew later mostly has this length, too, and then nothing is compiled for it
         self.shortest = _bucket(model.context // 2 - 1) if whole > model.context else 1
         self.state = State(*self._read(), self._seen(), jnp.int32(0))
 
@@ -404,15 +404,17 @@ def _begun(text: str, stop: Sequence[str]) -> int:
 
 
 def prompt_tokens(tokenizer: "Tokenizer", prompt: str) -> np.ndarray:
-    """The prompt's tokens, i32; an empty one's is the separator, else a line's end, else token 0.
+    """The prompt's tokens, i32, behind the separator, as documents are in training.
+
+    Where the tokenizer has no separator, an empty prompt is a line's end, or else token 0.
 
     Raises:
       UserError: a character of the prompt is not in the vocabulary.
     """
+    if tokenizer.separator is not None:
+        return np.append(np.int32(tokenizer.separator), tokenizer.encode(prompt)).astype(np.int32)
     if prompt:
         return tokenizer.encode(prompt)
-    if tokenizer.separator is not None:
-        return np.array([tokenizer.separator], np.int32)
     try:
         return tokenizer.encode("\n")
     except UserError:

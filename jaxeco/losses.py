@@ -177,9 +177,6 @@ class SigmoidBinaryCrossEntropy(Loss):
         weights = None if self.class_weights is None else jnp.asarray(self.class_weights)
         return _example_mean(losses, weights)
 
-    def weights(self, y: jax.Array) -> jax.Array:
-        return jnp.ones(y.shape[:1])
-
 
 @dataclass(frozen=True)
 class MeanSquaredError(Loss):
@@ -190,9 +187,6 @@ class MeanSquaredError(Loss):
 
     def __call__(self, outputs: jax.Array, y: jax.Array) -> jax.Array:
         return _example_mean(squared_error(_squeezed(outputs, y), y))
-
-    def weights(self, y: jax.Array) -> jax.Array:
-        return jnp.ones(y.shape[:1])
 
 
 def _squeezed(outputs: jax.Array, y: jax.Array) -> jax.Array:

@@ -96,6 +96,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: Any = 0
 class Metric(ABC):
     """A measure of outputs against truth."""
 
+    lower_is_better = False  # what `Experiment.best` goes by
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -159,6 +161,8 @@ class SequenceAccuracy(Metric):
 class Perplexity(Metric):
     """exp of the mean cross-entropy in nats, without label smoothing or class weights."""
 
+    lower_is_better = True
+
     @property
     def name(self) -> str:
         return "perplexity"
@@ -182,6 +186,7 @@ class BitsPerByte(Metric):
     """
 
     tokenizer: Any
+    lower_is_better = True
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxeco import checkpoint as checkpoints
 from jaxeco import trees
 from jaxeco.errors import UserError
+from jaxeco.folder import CHECKPOINTS
 from jaxeco.models import gpt2
 from jaxeco.trees import check_pattern, listed
 
@@ -191,7 +192,7 @@ def read(path: str | Path, checkpoint: Which = None) -> Weights:
       UserError: there is none, or it is damaged.
     """
     path = Path(path)
-    if (path / "checkpoints").is_dir():
+    if (path / CHECKPOINTS).is_dir():
         return _read_run(path, checkpoint)
     if not path.is_file():
         raise UserError(
@@ -212,14 +213,7 @@ def read(path: str | Path, checkpoint: Which = None) -> Weights:
 
 
 def _read_run(folder: Path, checkpoint: Which) -> Weights:
-    saved, only = folder / "checkpoints", ("params",)
-    if checkpoint is not None:
-        found = checkpoints.load(saved, which=checkpoint, only=only)
-    else:
-        try:
-            found = checkpoints.load(saved, which="best", only=only)
-        except UserError:
-            found = checkpoints.load(saved, which="newest", only=only)
+    found = checkpoints.load(folder / CHECKPOINTS, which=checkpoint, only=("params",))
     return Weights(
         trees.named(found.state["params"]),
         origin=f"{folder} step {found.step:,}",

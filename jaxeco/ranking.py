@@ -26,6 +26,8 @@ from jaxeco.metrics import integer_labels, two_classes
 class WholeSplit(ABC):
     """A measure of outputs against truth that needs all examples at once."""
 
+    lower_is_better = False  # what `Experiment.best` goes by
+
     @property
     @abstractmethod
     def name(self) -> str:

@@ -14,8 +14,6 @@ from jaxeco.errors import UserError
 if TYPE_CHECKING:
     from jaxeco.generate import Piece
 
-TOKENIZER = "tokenizer.json"
-
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = command.Parser(
@@ -39,7 +37,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--min-p", type=float, metavar="P", help="of those P times as likely as the likeliest")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeats less")
     add("--seed", type=int, default=0, help="another one, another text (%(default)s)")
-    add("--checkpoint", type=_which, help="best, newest or a step (default: the best, if any)")
+    which = "best, newest or a step (default: the best, if any)"
+    add("--checkpoint", type=command.checkpoint, help=which)
     options = parser.parse_args(words)
     for name in ("tokens", "samples"):
         if (value := getattr(options, name)) < 1:
@@ -49,12 +48,6 @@ def parse(words: list[str]) -> argparse.Namespace:
     if not 0 <= options.seed < 2**32:
         parser.error(f"--seed {options.seed}: expected 0 <= seed < 2**32")
     return options
-
-
-def _which(text: str) -> str | int:
-    if not text.isdigit() and text not in ("best", "newest"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected best, newest or a step")
-    return int(text) if text.isdigit() else text
 
 
 def main(words: list[str]) -> int:
@@ -81,12 +74,12 @@ def main(words: list[str]) -> int:
         generate.check_model(model)
     except ValueError as error:
         raise UserError(f"{options.run} cannot write text: {error}") from error
-    tokenizer = load_tokenizer(options.run / TOKENIZER)
+    tokenizer = load_tokenizer(options.run / folder.TOKENIZER)
     length = len(generate.prompt_tokens(tokenizer, prompt))
     weights = pretrained.read(options.run, options.checkpoint)
     if weights.tokenizer != tokenizer.fingerprint:
         raise UserError(
-            f"{options.run / TOKENIZER} is {tokenizer.fingerprint}, but {weights.origin} was"
+            f"{options.run / folder.TOKENIZER} is {tokenizer.fingerprint}, but {weights.origin} was"
             f" trained with tokenizer {weights.tokenizer}: put that one there"
         )
     params = trees.nested(weights.arrays)

@@ -21,6 +21,7 @@ from jaxeco.forward import predict
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics
 from jaxeco.train import State, train_step
+from jaxeco.trees import named
 
 if TYPE_CHECKING:
     from jaxeco.pretrained import Report
@@ -42,7 +43,7 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
     with (
         folders.claimed(ex.name, workdir, resume) as folder,
         Checkpoints(
-            folder / "checkpoints",
+            folder / folders.CHECKPOINTS,
             description=identity(p),
             keep=ex.keep,
             best=ex.best,
@@ -54,7 +55,7 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
         state, first = found or (p.start(reports.append), 0)
         notes = folders.record(folder, loaded, first_step=first, **environment(p))
         if p.train.tokenizer:
-            p.train.tokenizer.save(folder / "tokenizer.json")
+            p.train.tokenizer.save(folder / folders.TOKENIZER)
         with (
             Log(
                 folder,
@@ -96,7 +97,7 @@ def dry_run(loaded: Loaded) -> int:
         shown = ",".join(map(str, value)) or "()" if isinstance(value, list) else value
         print(f"{path:<28} {shown}")
     rows = {
-        "parameters": f"{parameters(p):,}",
+        "parameters": parameters(p),
         "steps": f"{p.steps:,} ({p.steps_per_epoch:,} an epoch)",
         "FLOPs a step": f"{flops(p):.3g}",
         "memory a step": f"{_size(held + temporary)}: {_size(held)} for state and batch,"
@@ -136,7 +137,7 @@ def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -
     devices = list(p.mesh.devices.flat)
     rows: list[Row] = [
         ("devices", f"{len(devices)} x {devices[0].device_kind}, through {ex.parallel}"),
-        ("parameters", f"{parameters(p):,}"),
+        ("parameters", parameters(p)),
         ("FLOPs a step", f"{flops(p):.3g}"),
         ("train", _sized(p.train, p.train.training_examples)),
         *((split, _sized(data, data.eval_examples)) for split, data in p.evals.items()),
@@ -267,10 +268,12 @@ def flops(p: Plan) -> float:
     return costs["flops"]
 
 
-def parameters(p: Plan) -> int:
-    """How many numbers the model learns."""
-    shapes = jax.tree.leaves(jax.eval_shape(p.init).params)
-    return sum(int(np.prod(a.shape)) for a in shapes)
+def parameters(p: Plan) -> str:
+    """How many numbers the model has, and how many of them it learns, if not all."""
+    params = named(jax.eval_shape(p.init).params)
+    learnt = sum(a.size for name, a in params.items() if p.ex.optimizer.trains(name, a))
+    total = sum(a.size for a in params.values())
+    return f"{total:,}" if learnt == total else f"{total:,}, of which {learnt:,} are trained"
 
 
 def _sized(data: Dataset, examples: int) -> str:

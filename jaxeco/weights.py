@@ -12,19 +12,14 @@ def parse(words: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the run's folder, such as runs/digits_mlp")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file")
-    add("--checkpoint", type=_which, help="best, newest or a step (default: the best, if any)")
+    which = "best, newest or a step (default: the best, if any)"
+    add("--checkpoint", type=command.checkpoint, help=which)
     add("--only", metavar="PART", help='of the parameters only those below PART, such as "lora"')
     add("--merge-lora", action="store_true", help="add the adaptation of Lora to its base")
     options = parser.parse_args(words)
     if options.only and options.merge_lora:
         parser.error("--merge-lora leaves one part only: leave out --only")
     return options
-
-
-def _which(text: str) -> str | int:
-    if not text.isdigit() and text not in ("best", "newest"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected best, newest or a step")
-    return int(text) if text.isdigit() else text
 
 
 def main(words: list[str]) -> int:

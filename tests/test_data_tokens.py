@@ -15,6 +15,7 @@ from jaxeco.data import numbers, order, tokens
 from jaxeco.data.numbers import NumberWords
 from jaxeco.data.pipeline import Feed, assemble
 from jaxeco.data.text import Documents, TextFiles
+from jaxeco.data.tokenizers import Bytes
 from jaxeco.data.tokens import (
     LabelledText,
     MaskTokens,
@@ -320,7 +321,7 @@ def test_special_tokens_that_are_missing():
 def test_labelled_text_by_hand():
     data = LabelledText(Texts(("ab", "abcdefg", "abcd"), (1, 0, 1)), Letters(), 4).open()
     expected = {
-        "x": np.array([[3, 4, 1, 1], [3, 4, 5, 6], [3, 4, 5, 6]], np.int32),
+        "x": np.array([[0, 3, 4, 1], [0, 3, 4, 5], [0, 3, 4, 5]], np.int32),
         "y": np.array([1, 0, 1], np.int32),
     }
     assert_same(everything(data), expected)
@@ -365,6 +366,17 @@ def test_pairs_that_do_not_fit():
         TextPairs(one, Texts(("a", "b")), Letters(), Letters(), 5, 5).open()
 
 
+@dataclass(frozen=True)
+class Thirteen:
+    """A tokenizer, and its description, of 3 special tokens and 10 others."""
+
+    mask: int | None = 2
+    separator, pad, vocab_size = 0, 1, 13
+
+    def open(self):
+        return self
+
+
 def test_masked_tokens_follow_berts_shares():
     B, T, V = 64, 500, 13
     x_BxT = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
@@ -372,7 +384,7 @@ def test_masked_tokens_follow_berts_shares():
     given_BxT[:, -50:] = 0
     keys_B = jax.random.split(jax.random.key(1), B)
     batch = {"x": x_BxT, "weights": given_BxT}
-    got = jax.device_get(jax.jit(MaskTokens(V, rate=0.3))(keys_B, batch))
+    got = jax.device_get(jax.jit(MaskTokens(Thirteen(), rate=0.3))(keys_B, batch))
     np.testing.assert_array_equal(got["y"], x_BxT)
     assert got["x"].dtype == np.int32 and got["weights"].dtype == np.float32
     special = x_BxT < 3
@@ -393,7 +405,7 @@ def test_masked_tokens_follow_berts_shares():
 
 
 def test_masks_belong_to_an_examples_own_key():
-    mask = jax.jit(MaskTokens(30))
+    mask = jax.jit(MaskTokens(Bytes()))
     x_BxT = jnp.full((4, 50), 7)
     keys_B = jax.random.split(jax.random.key(0), 4)
     batch = mask(keys_B, {"x": x_BxT})
@@ -403,17 +415,11 @@ def test_masks_belong_to_an_examples_own_key():
         mask(keys_B, {"x": jnp.ones((4, 50))})
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"vocab_size": 30, "rate": 0.0}, "rate: got 0.0"),
-        ({"vocab_size": 30, "mask": 30}, "mask=30 and specials"),
-        ({"vocab_size": 3}, "got all tokens"),
-    ],
-)
-def test_masks_that_make_no_sense(options, message):
-    with pytest.raises(ValueError, match=message):
-        MaskTokens(**options)
+def test_masks_that_make_no_sense():
+    with pytest.raises(ValueError, match=r"rate: got 0.0"):
+        MaskTokens(Bytes(), rate=0.0)
+    with pytest.raises(UserError, match="needs a tokenizer with a mask token"):
+        MaskTokens(Thirteen(mask=None))(None, {"x": jnp.zeros((2, 5), int)})
 
 
 @pytest.mark.parametrize(

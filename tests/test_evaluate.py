@@ -173,7 +173,6 @@ class Vocabulary:
             "texts has 93 tokens, the model room for 11: set model.vocab_size=93",
         ),
         (texts(evals={"test": Texts(0, Vocabulary(12))}), "12 tokens, the model room for 11"),
-        (texts(model=Tokenwise(context=5)), "6 tokens long, the model's context is 5"),
     ],
 )
 def test_what_does_not_fit_is_one_line(ex: Experiment, says: str) -> None:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "experiments").glob("*.py"))
 DIGITS = str(ROOT / "experiments" / "digits_mlp.py")
 TINY = ("batch=8", "eval_batch=8", "steps_per_call=1")
-TRUNK = ("model.trunk.layers=1", "model.trunk.width=16", "model.trunk.heads=2")
+TRUNK = ("model.trunk.layers=1", "model.trunk.heads=2", "model.trunk.width=16")
 # beside TINY: what makes each small enough for a test
 SHRUNK = {
     "docs_bpe": TRUNK,
@@ -83,7 +83,7 @@ def test_an_experiment_takes_a_step(
 def test_an_experiment_opens_with_its_claim(file: Path) -> None:
     doc = file.read_text().split('"""')[1]
     assert "python -m jaxeco.run experiments/" + file.name in doc
-    assert "n = " in doc and "±" in doc
+    assert ("n = " in doc and "±" in doc) or "No result is claimed" in doc
 
 
 def test_the_readmes_python_runs(

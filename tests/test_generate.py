@@ -345,7 +345,7 @@ def test_spaces_that_a_tokenizer_writes_between_words_only(tmp_path: Path) -> No
 
 def test_generate_is_the_tokens_as_text() -> None:
     prompts = ["ROMEO", "é", ""]
-    rows = [BYTES.encode("ROMEO").tolist(), BYTES.encode("é").tolist(), [BYTES.separator]]
+    rows = [[BYTES.separator, *BYTES.encode(prompt)] for prompt in prompts]
     tokens = [[*row, BYTES.separator] for row in extended(rows, 60, chunk=32, seed=5)]
     tokens = [row[: row.index(BYTES.separator)] for row in tokens]
     assert min(map(len, tokens)) < 60 == max(map(len, tokens))

@@ -1,6 +1,7 @@
 """Optimizers: each against the paper's equations, worked out in numpy for three steps."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from jaxeco import optim
 from jaxeco.optim import SGD, AdaGrad, Adam, AdamW, Layerwise, Momentum, Muon, Partition, RMSProp
 from jaxeco.schedules import Cosine, Linear
+from jaxeco.trees import map_named
 
 LR = 0.1
 PARAMS = {
@@ -364,15 +366,15 @@ def test_layerwise_counts_blocks_as_numbers_and_needs_one():
     np.testing.assert_allclose([got[f"block_{i}"]["kernel"][0] for i in (2, 10)], [-(2**-9), -0.5])
     with pytest.raises(ValueError, match="matches no parameter; there are dense/bias"):
         train(Layerwise(SGD(LR), decay=0.5, layers=2))
-    with pytest.raises(ValueError, match="layers=12: the model has 11 blocks"):
-        train(Layerwise(SGD(1.0), decay=0.5, layers=12), params, [ones])
+    with pytest.raises(ValueError, match="layers=10: the model has 11 blocks"):
+        train(Layerwise(SGD(1.0), decay=0.5, layers=10), params, [ones])
 
 
 def test_what_is_frozen_is_known_and_does_not_count_when_gradients_are_clipped():
     inner = Partition((("trunk/.*norm.*", None), (".*", SGD(1.0))))
     muon = Muon(1.0, rest=inner, matrices=".*block.*kernel")
     optimizer = Layerwise(Partition((("trunk/block_0/.*", None), (".*", muon))), 0.5, layers=2)
-    trains = optimizer.trains(TRUNK)
+    trains = map_named(optimizer.trains, TRUNK)
     assert trains == {
         "trunk": {
             "token_embed": {"embedding": True},
@@ -382,10 +384,11 @@ def test_what_is_frozen_is_known_and_does_not_count_when_gradients_are_clipped()
         },
         "head": {"kernel": True},
     }
-    assert all(jax.tree.leaves(AdamW(LR).trains(PARAMS)))
+    assert all(jax.tree.leaves(map_named(AdamW(LR).trains, PARAMS)))
 
     frozen = Partition((("norm/.*", None), (".*", SGD(1.0))))
-    tx = optax.chain(optax.masked(optim.clip_by_global_norm(1.0), frozen.trains), frozen.build(1))
+    learnt = functools.partial(map_named, frozen.trains)
+    tx = optax.chain(optax.masked(optim.clip_by_global_norm(1.0), learnt), frozen.build(1))
     params = {"dense": {"kernel": jnp.zeros(2)}, "norm": {"scale": jnp.zeros(1)}}
     grads = {"dense": {"kernel": jnp.array([3.0, 4.0])}, "norm": {"scale": jnp.array([1e6])}}
     updates, _ = tx.update(grads, tx.init(params), params)
@@ -526,3 +529,9 @@ def test_clipping_is_optaxs(scale):
     expected, _ = theirs.update(grads, theirs.init(grads), grads)
     for name in grads:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-6)
+
+
+def test_muon_refuses_matrices_of_several_layers_in_one():
+    params = {"blocks": {"up": {"kernel": jnp.zeros((2, 4, 4))}}}
+    with pytest.raises(ValueError, match="scan_layers=False"):
+        Muon(0.1, rest=SGD(0.1)).build(1).init(params)

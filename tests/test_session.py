@@ -39,7 +39,6 @@ def experiment(lr: float = 1e-30, vocab_size: int = 7, context: int = 8) -> Expe
         save_every=Steps(10),
         log_every=Steps(1),
         best="test/bits_per_byte",
-        best_mode="min",
         patience=2,
     )
 """

@@ -262,7 +262,6 @@ def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path, times: int) ->
 def patient(patience: int, lr: float = 0.05, **changes: Any) -> Experiment:
     return experiment(
         best="test/loss",
-        best_mode="min",
         patience=patience,
         optimizer=optim.SGD(lr=lr),
         eval_every=Steps(2),
@@ -295,11 +294,12 @@ def test_patience_ends_the_run_and_a_resumed_one_decides_alike(tmp_path: Path) -
 def test_what_counts_as_better(
     tmp_path: Path, values: list[float], mode: str, patience: int, since: int | None
 ) -> None:
-    ex = experiment(best="test/loss", best_mode=mode, patience=patience)
+    name = "loss" if mode == "min" else "accuracy"
+    ex = experiment(best=f"test/{name}", patience=patience)
     options: dict[str, Any] = {"total_steps": 9, "examples_per_step": 1, "tensorboard": False}
     with Log(tmp_path, **options) as log:
         for step, value in enumerate(values, 1):
-            log.evaluation(step, "test", {"loss": value})
+            log.evaluation(step, "test", {name: value})
         assert stalled(ex, log) == since
     with Log(tmp_path, first_step=9, **options) as log:  # as a resumed run sees it
         assert stalled(ex, log) == since

@@ -3,9 +3,9 @@
 Shape suffixes: B batch, H height, W width, C channels.
 
 A preprocess is `batch -> batch` and serves training and evaluation; an augmentation is
-`(keys_B, batch) -> batch` and serves training only. Each touches `batch["x"]` alone. The random
-numbers of an example come from its own key (see `axes.example_keys`), so its picture does not
-depend on its neighbours or on how many devices share the batch.
+`(keys_B, batch) -> batch`, for training. Those here touch `batch["x"]` alone. The random numbers of
+an example come from its own key (see `axes.example_keys`), so its picture does not depend on its
+neighbours or on how many devices share the batch.
 """
 
 import math

@@ -27,8 +27,8 @@ from jaxeco.data.sources import _check_split, _positions
 from jaxeco.data.tfds import Records, check_label, feature, listed, opened, title_of
 from jaxeco.errors import UserError
 
-# The fingerprint of a corpus up to this size covers its content; of a larger one, its files' names
-# and sizes.
+# The fingerprint of a corpus up to this size covers its content; of a larger one, its files' names,
+# sizes and, outside tfds, times.
 HASHED_BYTES = 64 * 2**20
 
 # In every CPython, whatever a distribution splits off; each with 75 docstrings or more.

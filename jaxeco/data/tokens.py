@@ -1,7 +1,7 @@
 """Text as data: tokenized once into the cache, then read as windows, packed rows, texts or pairs.
 
 Shape suffixes: B batch, N rows, T tokens of an example, S of a source text, W of a row as it is
-kept, U of all rows.
+kept, U all tokens.
 
 A corpus is any source of `jaxeco.data.text`, a tokenizer any of `jaxeco.data.tokenizers`. Text is
 read and written as a stream, so it may be larger than memory. Tokens are kept as uint16 or uint32;
@@ -25,7 +25,7 @@ from jaxeco.data.cache import cached, progress
 from jaxeco.data.dataset import Dataset
 from jaxeco.data.image import Batch
 from jaxeco.data.text import Documents, TextSource
-from jaxeco.data.tokenizers import Tokenizer
+from jaxeco.data.tokenizers import PAD, Tokenizer
 from jaxeco.errors import UserError
 
 # Texts are handed to a tokenizer together until they have this many characters.
@@ -67,6 +67,7 @@ class Windows:
         return self.rows
 
     def places(self, rows_B: Any) -> Any:
+        rows_B = rows_B if isinstance(rows_B, jax.Array) else np.asarray(rows_B)
         return rows_B[:, None] * self.step + (self.shift + np.arange(self.length, dtype=np.int32))
 
     def __getitem__(self, rows_B: Any, /) -> Any:
@@ -201,7 +202,8 @@ class PackedText:
 class LabelledText:
     """A text and its class.
 
-    Opens to x: i32[N, T], a text's first T tokens and then padding, and y: i32[N].
+    Opens to x: i32[N, T], the separator, if the tokenizer has one, the text's first tokens and then
+    padding, and y: i32[N].
 
     Attributes:
       corpus: a text source with labels.
@@ -222,7 +224,8 @@ class LabelledText:
         if documents.labels is None:
             raise UserError(f"{documents.name} has no labels; name their field with label=")
         _check_specials(self, tokenizer, "pad")
-        x, digest = _rows(self.corpus, documents, tokenizer, self.length)
+        before = () if tokenizer.separator is None else (tokenizer.separator,)
+        x, digest = _rows(self.corpus, documents, tokenizer, self.length, before=before)
         y_N = np.asarray(documents.labels, np.int32)
         if len(x) != len(y_N):
             raise UserError(f"{documents.name} has {len(x)} texts, but {len(y_N)} labels")
@@ -276,7 +279,8 @@ class TextPairs:
             targets,
             to_tokenizer,
             self.target_length + 1,
-            ends=(to_tokenizer.separator,),
+            before=(to_tokenizer.separator,),
+            after=(to_tokenizer.separator,),
             option="target_length",
         )
         if len(source) != len(target):
@@ -302,32 +306,24 @@ class MaskTokens:
     is x as it was, and weights are 1 where a token was chosen, times the weights there were.
 
     Attributes:
-      vocab_size: tokens there are, special ones included.
+      tokenizer: the description of a tokenizer with a mask token, as the data has it.
       rate: the share of tokens that is chosen.
-      mask: the token that hides another.
-      specials: tokens that are never chosen.
     """
 
-    vocab_size: int
+    tokenizer: Any
     rate: float = 0.15
-    mask: int = 2
-    specials: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:
             raise ValueError(f"MaskTokens.rate: got {self.rate}, expected 0 < rate <= 1")
-        if not all(0 <= token < self.vocab_size for token in (self.mask, *self.specials)):
-            raise ValueError(
-                f"MaskTokens: got mask={self.mask} and specials={self.specials}, expected tokens "
-                f"below vocab_size={self.vocab_size}"
-            )
-        if len(set(self.specials)) == self.vocab_size:
-            raise ValueError("MaskTokens.specials: got all tokens, expected some that are not")
 
     def __call__(self, keys_B: jax.Array, batch: Batch) -> Batch:
         x_BxT = _tokens(self, batch["x"])
-        specials = np.array(self.specials, np.int32)
-        others = np.setdiff1d(np.arange(self.vocab_size, dtype=np.int32), specials)
+        tokenizer = self.tokenizer.open()
+        _check_specials(self, tokenizer, "mask")
+        known = (tokenizer.separator, tokenizer.pad, tokenizer.mask)
+        specials = np.array([token for token in known if token is not None], np.int32)
+        others = np.setdiff1d(np.arange(tokenizer.vocab_size, dtype=np.int32), specials)
 
         def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
             lot, token = jax.random.split(key)
@@ -337,7 +333,7 @@ class MaskTokens:
         lot_BxT, token_BxT = jax.vmap(draw)(keys_B)
         lot_BxT = jnp.where(jnp.isin(x_BxT, specials), 1, lot_BxT / self.rate)  # chosen if below 1
         hidden_BxT = jnp.where(lot_BxT < 0.9, token_BxT, x_BxT)
-        hidden_BxT = jnp.where(lot_BxT < 0.8, self.mask, hidden_BxT)
+        hidden_BxT = jnp.where(lot_BxT < 0.8, tokenizer.mask, hidden_BxT)
         weights_BxT = (lot_BxT < 1).astype(jnp.float32)
         if "weights" in batch:
             weights_BxT *= batch["weights"]
@@ -355,7 +351,7 @@ class Translation:
       pad: the target tokenizer's padding.
     """
 
-    pad: int = 1
+    pad: int = PAD
 
     def __call__(self, batch: Batch) -> Batch:
         rest = dict(batch)
@@ -487,10 +483,11 @@ def _rows(
     tokenizer: Tokenizer,
     width: int,
     *,
-    ends: tuple[int, ...] = (),
+    before: tuple[int, ...] = (),
+    after: tuple[int, ...] = (),
     option: str | None = None,
 ) -> tuple[Windows, str]:
-    """A document a row: `ends`, its tokens, `ends` again, padding; and a digest of all.
+    """A document a row: `before`, its tokens, `after`, padding; and a digest of all.
 
     Args:
       option: the source's field to raise if a document does not fit; None: it is cut.
@@ -498,7 +495,8 @@ def _rows(
     Raises:
       UserError: a document does not fit, or has no tokens.
     """
-    room, border = width - 2 * len(ends), np.array(ends, np.int32)
+    room = width - len(before) - len(after)
+    first_tokens, last_tokens = np.array(before, np.int32), np.array(after, np.int32)
 
     def blocks() -> Iterator[np.ndarray]:
         number, first, longest = 0, 0, 0
@@ -510,14 +508,14 @@ def _rows(
                     raise UserError(f"{documents.name}: document {number} is empty; remove it")
                 first = number if len(tokens) > room and not first else first
                 longest = max(longest, len(tokens))
-                whole = np.concatenate([border, tokens[:room], border])
+                whole = np.concatenate([first_tokens, tokens[:room], last_tokens])
                 row_W[: len(whole)] = whole
             yield block_NxW
         if option and first:
             raise UserError(
                 f"{documents.name}: document {first} does not fit; the longest needs "
-                f"{option}={longest + len(ends)}"
+                f"{option}={longest + len(after)}"
             )
 
     kind = "whole" if option else "cut"
-    return _kept(f"{kind} {len(ends)}", corpus, documents, tokenizer, width, blocks())
+    return _kept(f"{kind} {before} {after}", corpus, documents, tokenizer, width, blocks())

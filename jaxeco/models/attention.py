@@ -32,7 +32,7 @@ def attend(
       [B, T, H, K], dtype of v. The softmax is taken in float32. A row with nothing allowed is the
       mean of all values, not NaN.
     """
-    chosen = _fastest(q_BxTxHxK) if method == "auto" else method
+    chosen = _fastest(q_BxTxHxK, k_BxGxSxK) if method == "auto" else method
     if chosen != "einsum":
         mask = None if allowed_BxTxS is None else allowed_BxTxS[:, None]
         k_BxSxGxK, v_BxSxGxK = k_BxGxSxK.swapaxes(1, 2), v_BxGxSxK.swapaxes(1, 2)
@@ -52,11 +52,12 @@ def attend(
     return o_BxGxRxTxK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
-def _fastest(q_BxTxHxK: jax.Array) -> Literal["einsum", "xla", "cudnn"]:
+def _fastest(q_BxTxHxK: jax.Array, k_BxGxSxK: jax.Array) -> Literal["einsum", "xla", "cudnn"]:
     if jax.default_backend() == "cpu":
         return "einsum"
-    _, T, _, K = q_BxTxHxK.shape
-    suits = q_BxTxHxK.dtype == jnp.bfloat16 and T % 64 == 0 and K % 8 == 0 and K <= 128
+    (_, T, _, K), S = q_BxTxHxK.shape, k_BxGxSxK.shape[2]
+    lengths = T % 64 == 0 and S % 64 == 0
+    suits = q_BxTxHxK.dtype == jnp.bfloat16 and lengths and K % 8 == 0 and K <= 128
     return "cudnn" if suits and jax.default_backend() == "gpu" else "xla"
 
 

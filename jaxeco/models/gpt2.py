@@ -27,6 +27,7 @@ BLOCK = {  # a linear layer ("Conv1D") has its kernel as [in, out], as here
     "mlp.c_proj.weight": "down/kernel",
     "mlp.c_proj.bias": "down/bias",
 }
+MASKS = ("attn.bias", "attn.masked_bias")  # causal ones, in older files
 ATTENTION = {"attn.c_attn.weight": "kernel", "attn.c_attn.bias": "bias"}  # [D, 3·D], [3·D]
 
 
@@ -37,7 +38,7 @@ def is_gpt2(arrays: Mapping[str, np.ndarray]) -> bool:
 def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays of a file of Hugging Face's GPT-2 by our names.
 
-    Causal masks, which older files hold, are left out; a name that is not GPT-2's stays as it is.
+    Causal masks are left out; a name that is not GPT-2's stays as it is.
     """
     found: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
@@ -53,6 +54,8 @@ def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             elif inner in ATTENTION:
                 for part, piece in zip(("query", "key", "value"), np.split(array, 3, axis=-1)):
                     found[f"{block}/{part}/{ATTENTION[inner]}"] = piece
+            elif inner not in MASKS:
+                found[name] = array
         else:
             found[name] = array
     return found

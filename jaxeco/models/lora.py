@@ -92,6 +92,10 @@ class Lora:
         return self.model.vocab_size
 
     @property
+    def trunk(self) -> nn.Module:
+        return self.model.trunk
+
+    @property
     def context(self) -> int:
         return self.model.context
 

@@ -112,9 +112,10 @@ class Stack(nn.Module, kw_only=True):
         return {name: getattr(self, name) for name in FIELDS}
 
     def normalise(self, name: str, x: jax.Array) -> jax.Array:
-        # without the barrier XLA on CPU computes the stream's gradient anew wherever it is used,
-        # from all branches above
-        x = jax.lax.optimization_barrier(x)
+        # else XLA on CPU computes the stream's gradient anew, from all branches above, wherever it
+        # is used
+        if jax.default_backend() == "cpu":
+            x = jax.lax.optimization_barrier(x)
         return _norm(self.norm, self.norm_eps, self.bias, name)(x)
 
 
@@ -191,7 +192,11 @@ class Block(Stack, kw_only=True):
         if last and self.zero_init:
             init = nn.initializers.zeros
         return nn.Dense(
-            features, use_bias=self.bias, kernel_init=init, dot_general=product, name=name
+            features,
+            use_bias=self.bias,
+            kernel_init=init,
+            dot_general=product if jax.default_backend() == "cpu" else None,
+            name=name,
         )
 
 
@@ -275,7 +280,10 @@ class Transformer(Stack, kw_only=True):
         """
         T = tokens_BxT.shape[1]
         if cache is None and T > self.context:
-            raise ValueError(f"a text of {T} tokens: the model's context is {self.context}")
+            raise ValueError(
+                f"texts of {T} tokens, but the model's context is {self.context}: shorten them, or"
+                f" set its context={T}"
+            )
         if cache is not None and (self.scan_layers or not self.causal):
             raise ValueError("a cache serves causal models whose layers are not scanned")
         tokens_BxS, first, start_B = tokens_BxT, jnp.int32(0), None
@@ -434,6 +442,10 @@ class EncoderDecoder(nn.Module):
 
     encoder: Transformer
     decoder: Transformer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.vocab_size
 
     def __post_init__(self) -> None:
         if self.encoder.causal or not (self.decoder.causal and self.decoder.cross):
