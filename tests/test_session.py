@@ -86,7 +86,7 @@ def test_a_text_stops_early_and_is_complete(
 def test_a_model_without_room_for_the_text(text: list[str]) -> None:
     for words, says in (
         (("vocab_size=5",), "7 tokens, the model room for 5: set model.trunk.vocab_size=7"),
-        (("context=4",), "8 tokens long, the model's context is 4"),
+        (("context=4",), "texts of 8 tokens, but the model's context is 4"),
     ):
         with pytest.raises(UserError, match=says):
             run.main([*text, *words])

@@ -194,7 +194,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         now = time.monotonic() - begun
         if now - last < every and done != total:
             return
-        share = f"{done / total:.0%}" if total else f"{done / 2**20:.0f} MiB"
+        share = f"{done / total:.0%}" if total else f"{done / 2**20:.0f} MiB" if done else "..."
         last, unfinished = now, live and done != total
         end = "" if unfinished else "\n"
         print(f"{chr(13) if live else ''}{label} {share}", end=end, file=sys.stderr, flush=True)
