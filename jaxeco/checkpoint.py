@@ -226,7 +226,8 @@ class Checkpoints:
             f"{path} belongs to another experiment",
             about.description,
             self._description,
-            "resume with the experiment that wrote it, or choose another folder",
+            "resume with the words it was started with, or choose another folder; to train on from"
+            " its weights, set start_from",
         )
         return _read(path, about, abstract_state, partial=False), about.step
 

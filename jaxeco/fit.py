@@ -157,14 +157,17 @@ def check(plan: Plan) -> None:
         raise UserError(f"{split[0].name} needs a whole split: move it to eval_metrics")
     try:
         for data in (plan.train, *plan.evals.values()):
-            check_text(ex, data)
+            check_text(ex, plan.train, data)
         state = jax.eval_shape(plan.init)
         model = (state.params, state.variables)
         outputs = jax.eval_shape(partial(predict, ex), *model, shapes(plan.train, 1))
         labelled = classes and len(plan.train.fields["y"].shape) == 1 and outputs.ndim == 2
         if labelled and outputs.shape[1] != len(classes):
             has, name = outputs.shape[1], plan.train.name
-            raise UserError(f"the model has {has} outputs, but {name} has {len(classes)} classes")
+            raise UserError(
+                f"the model has {has} outputs, but {name} has {len(classes)} classes: set the"
+                f" model's num_classes={len(classes)}"
+            )
         jax.eval_shape(plan.step, state, shapes(plan.train, ex.batch))
         for data in plan.evals.values():
             index = {"index": jax.ShapeDtypeStruct((ex.eval_batch,), jnp.int32)}
@@ -177,7 +180,7 @@ def check(plan: Plan) -> None:
         raise
 
 
-def check_text(ex: Experiment, data: Dataset) -> None:
+def check_text(ex: Experiment, train: Dataset, data: Dataset) -> None:
     """Raises UserError if the model, a metric or a transform was made for other tokens.
 
     A model says what it was made for by `vocab_size`, and by a `trunk` with special tokens; one
@@ -192,16 +195,18 @@ def check_text(ex: Experiment, data: Dataset) -> None:
     room = getattr(ex.model, "vocab_size", None)
     if room is not None and tokenizer.vocab_size > room:
         raise UserError(
-            f"the tokenizer of {data.name} has {tokenizer.vocab_size} tokens, the model room for"
+            f"{data.name}: its tokenizer has {tokenizer.vocab_size} tokens, the model room for"
             f" {room}: set {where}.vocab_size={tokenizer.vocab_size}"
         )
     for special in ("separator", "pad") if trunk else ():
         ours, theirs = getattr(trunk, special), getattr(tokenizer, special)
-        if ours is not None and ours != theirs:
+        if ours != theirs and (ours is not None or special in data.specials):
             raise UserError(
                 f"the model's {special} is token {ours}, that of {data.name} {theirs}: set"
                 f" {where}.{special}={theirs}"
             )
+    if tokenizer.fingerprint != fingerprint(train.tokenizer):
+        raise UserError(f"{data.name} has another tokenizer than {train.name}: give it the same")
     for part in (*ex.metrics, *ex.eval_metrics, *ex.augment, *ex.eval_augment):
         own = getattr(part, "tokenizer", None)
         if own is not None and own.open().fingerprint != tokenizer.fingerprint:
@@ -269,7 +274,7 @@ def fit(
                 return {}
             if not np.isfinite(loss := values["loss"]):
                 raise Diverged(f"the loss on {split!r} is {loss} after step {step}", step)
-            found[split] = values
+            found[split] = chosen_first(ex, split, values)
         for split, values in found.items():
             log.evaluation(step, split, values)
         return {
@@ -311,6 +316,12 @@ def fit(
         raise
     finally:
         feed.close()
+
+
+def chosen_first(ex: Experiment, split: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The same values: after the loss that by which the best is chosen, so that a line shows it."""
+    first = [name for name in ("loss", *values) if name == "loss" or f"{split}/{name}" == ex.best]
+    return {name: values[name] for name in dict.fromkeys([*first, *values])}
 
 
 def stalled(ex: Experiment, log: Log) -> int | None:

@@ -1,6 +1,7 @@
 """A run's folder: which one, kept to one process, and the record of what ran in it."""
 
 import contextlib
+import difflib
 import fcntl
 import glob
 import hashlib
@@ -177,6 +178,11 @@ def open_run(folder: str | os.PathLike[str]) -> Loaded:
     folder = Path(folder)
     try:
         words = json.loads((folder / RECORD).read_text())["assignments"]
+    except FileNotFoundError as error:
+        runs = sorted(str(path.parent) for path in folder.parent.glob(f"*/{RECORD}"))
+        near = difflib.get_close_matches(str(folder), runs, n=1)
+        there = f"did you mean {near[0]}?" if near else f"there are: {', '.join(runs) or 'none'}"
+        raise UserError(f"{folder} is not the folder of a run; {there}") from error
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{folder} is not the folder of a run: {error}") from error
     return load(folder / "experiment.py", words)

@@ -375,7 +375,10 @@ def two_classes(outputs: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]
 
 def _check_classes(metric: Any, outputs: jax.Array) -> None:
     if outputs.shape[-1] != metric.num_classes:
-        raise ValueError(f"{metric}: outputs of shape {outputs.shape} end in another number")
+        has, name = outputs.shape[-1], type(metric).__name__
+        raise ValueError(
+            f"{metric}: the model's outputs, of shape {outputs.shape}, are {has}: set {name}({has})"
+        )
 
 
 def integer_labels(outputs: jax.Array, y: jax.Array) -> jax.Array:

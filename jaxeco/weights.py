@@ -17,6 +17,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--only", metavar="PART", help='of the parameters only those below PART, such as "lora"')
     add("--merge-lora", action="store_true", help="add the adaptation of Lora to its base")
     options = parser.parse_args(words)
+    if options.output.suffix != ".safetensors":
+        parser.error(f"-o {options.output}: expected a name that ends in .safetensors")
     if options.only and options.merge_lora:
         parser.error("--merge-lora leaves one part only: leave out --only")
     return options
@@ -40,7 +42,10 @@ def main(words: list[str]) -> int:
         arrays = {name: array for name, array in arrays.items() if name.startswith(part)}
         if not arrays:
             parts = dict.fromkeys(name.partition("/")[0] for name in weights.arrays)
-            raise UserError(f"--only {options.only}: there are {', '.join(parts)}")
+            raise UserError(
+                f"--only {options.only}: {weights.origin} has no such part; it has"
+                f" {', '.join(parts)}"
+            )
     metadata = {"experiment": experiment.name, "step": str(weights.step)}
     if weights.tokenizer is not None:
         metadata["tokenizer"] = weights.tokenizer

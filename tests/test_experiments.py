@@ -17,6 +17,7 @@ from tiny_tfds import Server, serve_cifar10, serve_mnist, serve_tiny_shakespeare
 
 from jaxeco import config, run
 from jaxeco.data import Tfds, TfdsText
+from jaxeco.data.text import PACKAGES
 from jaxeco.errors import UserError
 from jaxeco.log import read_metrics
 
@@ -29,6 +30,7 @@ TRUNK = ("model.trunk.layers=1", "model.trunk.heads=2", "model.trunk.width=16")
 SHRUNK = {
     "docs_bpe": TRUNK,
     "finetune_classifier": (*TRUNK, "start=none", "optimizer.layers=1"),
+    "finetune_lora": ("start_from=none", "model.model.trunk.layers=1"),
     "gpt2_124m": (*TRUNK, "data_set=tiny_shakespeare", "context=16", "micro_batches=1"),
     "gpt2_small": TRUNK,
     "masked_lm": TRUNK,
@@ -90,7 +92,7 @@ def test_the_readmes_python_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    use, experiment, text, fine_tuning, model, loss = blocks
+    use, experiment, text, fine_tuning, classify, model, loss = blocks
     exec(text, {})
     exec(fine_tuning, {})
     (tmp_path / "mine.py").write_text(experiment)
@@ -108,6 +110,11 @@ def test_the_readmes_python_runs(
     assert run.main([DIGITS, "epochs=1", "eval_batch=8", "batch=8", "model.widths=24"]) == 0
     exec(use, {})
     assert re.fullmatch(r"\[(\d ){4}\d\]", capsys.readouterr().out.splitlines()[-1])
+    classifier = [str(ROOT / "experiments" / "finetune_classifier.py"), *TINY]
+    words = [*classifier, *SHRUNK["finetune_classifier"], "--steps", "1"]
+    assert run.main([*words, "--workdir", "runs/finetune_classifier"]) == 0
+    exec(classify, {})
+    assert capsys.readouterr().out.splitlines()[-1] in PACKAGES
 
 
 def test_help_and_dry_run(

@@ -42,6 +42,7 @@ class Dataset:
       name: the data as a person would name it, e.g. "cifar10:3.0.2 train[:45000]".
       fingerprint: differs whenever the content differs.
       tokenizer: of what is predicted, if that is text.
+      specials: special tokens that a model must know to read the rows: "separator", "pad".
       stride: rows from one example of a pass to the next.
       unit, units: what a rate counts, in the plural, and how many of it an example has.
     """
@@ -51,6 +52,7 @@ class Dataset:
     name: str
     fingerprint: str
     tokenizer: "Tokenizer | None" = None
+    specials: tuple[str, ...] = ()
     stride: int = 1
     unit: str = "examples"
     units: int = 1

@@ -32,7 +32,10 @@ from jaxeco.errors import UserError
 CONNECT_SECONDS = 5.0  # to reach one address
 STALL_SECONDS = 10.0  # for a first answer, all redirects and look-ups included; then between bytes
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
-BUILT_IN = "to run without any download: python -m jaxeco.run experiments/digits_mlp.py"
+BUILT_IN = (
+    "prepared copies elsewhere are found through $TFDS_DATA_DIR; to run without any download:"
+    " experiments/digits_mlp.py or, on text, experiments/docs_bpe.py"
+)
 
 _one_at_a_time = threading.RLock()
 

@@ -193,6 +193,7 @@ class PackedText:
             name=f"{documents.name}, packed in rows of {self.length} tokens",
             fingerprint=_digest("packed", digest),
             tokenizer=tokenizer,
+            specials=("separator",),
             unit="tokens",
             units=self.length,
         )
@@ -235,6 +236,7 @@ class LabelledText:
             name=f"{documents.name}, first {self.length} tokens",
             fingerprint=_digest("labelled", digest, y_N.tolist(), *documents.classes),
             tokenizer=tokenizer,
+            specials=("pad",),
         )
 
 

@@ -31,6 +31,8 @@ class Lora:
 
     Attributes:
       targets: pattern of the names of kernels, [I, O].
+      learns: pattern of the base's parameters that keep their gradient, such as a head that is new:
+        "head/.*"; None: none does.
 
     Raises:
       ValueError: a field is out of its range; at initialisation: no parameter is a target, or one
@@ -41,12 +43,14 @@ class Lora:
     rank: int = 8
     alpha: float = 16.0
     targets: str = r"(.*/)?(query|value)/kernel"
+    learns: str | None = None
 
     def __post_init__(self) -> None:
         check_count("rank", self.rank)
         if not self.alpha > 0:
             raise ValueError(f"alpha: got {self.alpha!r}, expected a number above 0")
         check_pattern("targets", self.targets)
+        check_pattern("learns", self.learns or "")
 
     def init(self, key: jax.Array, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The model's own variables for this key, with the parameters as above."""
@@ -71,10 +75,14 @@ class Lora:
         return {**variables, "params": {"base": base, "lora": nested(lora)}}
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own `apply`; without gradient to the base."""
+        """As the model's own `apply`; without gradient to the base, but for what `learns`."""
         params = variables["params"]
-        params = {**params, "base": jax.lax.stop_gradient(params["base"])}
+        params = {**params, "base": map_named(self._still, params["base"])}
         return self.model.apply({**variables, "params": self.merged(params)}, *args, **kwargs)
+
+    def _still(self, name: str, w: jax.Array) -> jax.Array:
+        learns = self.learns is not None and re.fullmatch(self.learns, name)
+        return w if learns else jax.lax.stop_gradient(w)
 
     def merged(self, params: Any) -> Any:
         """Parameters of the model alone that do the same as these."""
