@@ -16,7 +16,7 @@ from jaxeco.experiment import Experiment
 
 
 def experiment(
-    start: str = "runs/docs_bpe",  # the run whose weights it starts from
+    start: str | None = "runs/docs_bpe",  # the run whose weights it starts from
     rank: int = 8,
     lr: float = 5e-3,  # of AdamW; falls linearly to 0
 ) -> Experiment:

@@ -13,6 +13,7 @@ from jaxeco import axes, parallel
 from jaxeco.data.dataset import Dataset
 from jaxeco.data.image import augmented
 from jaxeco.data.pipeline import Feed, assemble, fits
+from jaxeco.errors import UserError
 from jaxeco.experiment import Experiment
 from jaxeco.forward import Kept, Sums, forward, keep, measure, preprocess, results
 
@@ -40,7 +41,7 @@ class Evaluator:
     """Evaluates models on one split; its compiled step and its data stay in place."""
 
     def __init__(self, ex: Experiment, dataset: Dataset, mesh: Mesh) -> None:
-        self.ex, self.size = ex, dataset.eval_examples
+        self.ex, self.name, self.size = ex, dataset.name, dataset.eval_examples
         self.feed = Feed.evaluation(
             dataset,
             ex.eval_batch,
@@ -67,6 +68,7 @@ class Evaluator:
 
         Raises:
           RuntimeError: not every example was counted once.
+          UserError: the weights of all examples are 0.
         """
         totals: Any = None
         parts: list[Kept] = []  # of the examples that count
@@ -93,5 +95,7 @@ class Evaluator:
         sums, count = totals
         if count != self.size:
             raise RuntimeError(f"evaluation counted {count:.0f} examples of {self.size}")
+        if sums["loss"].weight == 0:
+            raise UserError(f"{self.name}: nothing counts, all weights are 0; take more of it")
         kept = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
         return results(self.ex, sums | kept)

@@ -26,7 +26,7 @@ from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log
 from jaxeco.optim import clip_by_global_norm
 from jaxeco.train import State, init, many_steps, train_step
-from jaxeco.trees import map_named
+from jaxeco.trees import listed, map_named
 
 if TYPE_CHECKING:
     from jaxeco.pretrained import Report
@@ -157,6 +157,11 @@ def check(plan: Plan) -> None:
         raise UserError(f"{split[0].name} needs a whole split: move it to eval_metrics")
     try:
         for data in (plan.train, *plan.evals.values()):
+            if data.classes and classes and data.classes != classes:
+                raise UserError(
+                    f"{data.name} has the classes {listed(data.classes)}, {plan.train.name}"
+                    f" {listed(classes)}: expected the same, in the same order"
+                )
             check_text(ex, plan.train, data)
         state = jax.eval_shape(plan.init)
         model = (state.params, state.variables)
@@ -294,10 +299,12 @@ def fit(
             if due and not all(log.evaluated(step, split) for split in evaluators):
                 report()
                 scores = evaluate()
-            done = step >= end or interrupted() or (due and stalled(ex, log) is not None)
+            done = step >= end or interrupted() or (due and stalled(plan, log) is not None)
             if done or scores or (step and step % every_save == 0):
                 report()  # so that no State is saved behind a loss that is not finite
-                checkpoints.save(state, scores, step=step)
+                # an evaluation because of `stop_at` is no candidate for the best: another run,
+                # stopped elsewhere, would not have it
+                checkpoints.save(state, scores if on_grid(plan, step) else {}, step=step)
                 log.mark(step)
             if done:
                 checkpoints.wait()
@@ -324,12 +331,19 @@ def chosen_first(ex: Experiment, split: str, values: dict[str, Any]) -> dict[str
     return {name: values[name] for name in dict.fromkeys([*first, *values])}
 
 
-def stalled(ex: Experiment, log: Log) -> int | None:
+def on_grid(plan: Plan, step: int) -> bool:
+    """Whether the run evaluates at this step wherever it may have been stopped before."""
+    return step == plan.steps or step % plan.ex.eval_every.steps(plan.steps_per_epoch) == 0
+
+
+def stalled(plan: Plan, log: Log) -> int | None:
     """The step of the best evaluation, if `patience` have followed without a better one.
 
     A function of the evaluations on record, which a resumed run has as well.
     """
-    history = log.history(ex.best) if ex.best else []
+    ex = plan.ex
+    recorded = log.history(ex.best) if ex.best else []
+    history = [(step, value) for step, value in recorded if on_grid(plan, step)]
     if ex.patience is None or not history:
         return None
     steps, values = zip(*history, strict=True)

@@ -66,8 +66,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature}: expected a number of at least 0")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: expected 0, or at least 1e-6")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: expected at least 1 token")
         for name in ("top_p", "min_p"):
@@ -119,7 +119,7 @@ def top_p(logits_BxV: jax.Array, p: float) -> jax.Array:
     falling_BxV = jnp.sort(logits_BxV, descending=True)
     chances_BxV = jax.nn.softmax(falling_BxV)
     before_BxV = jnp.cumsum(chances_BxV, axis=-1) - chances_BxV
-    last_Bx1 = jnp.sum(before_BxV < p, axis=-1, keepdims=True) - 1
+    last_Bx1 = jnp.maximum(jnp.sum(before_BxV < p, axis=-1, keepdims=True) - 1, 0)
     return _at_least(logits_BxV, jnp.take_along_axis(falling_BxV, last_Bx1, axis=-1))
 
 

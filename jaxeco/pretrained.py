@@ -73,6 +73,7 @@ class Pretrained:
       rename: (pattern, replacement) pairs, applied by `re.sub` to the source's names, in order.
       fresh: patterns of the model's parameters that stay as initialised, whatever the source has.
       mismatch: what becomes of a parameter whose shape differs: "error", or "fresh".
+      lora: for a model in `Lora`, a file of `jaxeco.weights --only lora`, to go with that base.
 
     Raises:
       ValueError: a field is out of its range.
@@ -83,12 +84,17 @@ class Pretrained:
     rename: tuple[tuple[str, str], ...] = ()
     fresh: tuple[str, ...] = ()
     mismatch: Literal["error", "fresh"] = "error"
+    lora: str | None = None
 
     def __post_init__(self) -> None:
         for pair in self.rename:
-            if not isinstance(pair, tuple) or len(pair) != 2:
+            if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], str):
                 raise ValueError(f"Pretrained.rename: {pair!r}: expected (pattern, replacement)")
             check_pattern("Pretrained.rename", pair[0])
+            try:
+                re.sub(*pair, "")
+            except re.error as error:
+                raise ValueError(f"Pretrained.rename: {pair!r}: {error}") from None
         for pattern in self.fresh:
             check_pattern("Pretrained.fresh", pattern)
         if self.mismatch not in ("error", "fresh"):
@@ -163,7 +169,14 @@ class Pretrained:
                 raise UserError(f"start_from.rename: {pattern!r} makes two parameters {twice!r}")
             source = dict(zip(names, source.values()))
         if _is_lora(model) and not _is_lora(source):
-            return {f"base/{name}": array for name, array in source.items()}
+            source = {f"base/{name}": array for name, array in source.items()}
+        if self.lora is not None:
+            source = source | read(self.lora).arrays
+        if _is_lora(source) and not any(name.startswith("base/") for name in source):
+            raise UserError(
+                f"{weights.origin} is an adaptation without its base: give the base as"
+                f" start_from.path, and this as start_from.lora"
+            )
         if _is_lora(source) and not _is_lora(model):
             raise UserError(
                 f"{weights.origin} is in parts, of Lora: make one of them with"
@@ -191,7 +204,7 @@ def read(path: str | Path, checkpoint: Which = None) -> Weights:
     Raises:
       UserError: there is none, or it is damaged.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if (path / CHECKPOINTS).is_dir():
         return _read_run(path, checkpoint)
     if not path.is_file():
@@ -207,7 +220,7 @@ def read(path: str | Path, checkpoint: Which = None) -> Weights:
     return Weights(
         arrays,
         origin=str(path),
-        step=int(metadata["step"]) if "step" in metadata else None,
+        step=int(metadata["step"]) if "step" in metadata and metadata["step"].isdigit() else None,
         tokenizer=metadata["tokenizer"] if "tokenizer" in metadata else None,
     )
 

@@ -183,10 +183,12 @@ def log_odds(outputs_BxK: jax.Array) -> jax.Array:
     z_BxK = outputs_BxK.astype(jnp.float32)
     if z_BxK.shape[1] == 2:
         return z_BxK[:, 1:] - z_BxK[:, :1]
-    top_BxK = jnp.arange(z_BxK.shape[1]) == jnp.argmax(z_BxK, 1, keepdims=True)
-    others_Bx1 = jax.nn.logsumexp(z_BxK, 1, where=~top_BxK, keepdims=True)
-    log_p_BxK = jax.nn.log_softmax(z_BxK)  # at most log ½ where it is not on top
-    return jnp.where(top_BxK, z_BxK - others_Bx1, log_p_BxK - jnp.log1p(-jnp.exp(log_p_BxK)))
+    falling_BxK = jnp.sort(z_BxK, 1, descending=True)  # sums do not depend on the order of classes
+    others_Bx1 = jax.nn.logsumexp(falling_BxK[:, 1:], 1, keepdims=True)  # than one on top
+    log_p_BxK = z_BxK - jax.nn.logsumexp(falling_BxK, 1, keepdims=True)
+    on_top_BxK = z_BxK == falling_BxK[:, :1]
+    below_BxK = log_p_BxK - jnp.log1p(-jnp.exp(jnp.where(on_top_BxK, -1, log_p_BxK)))
+    return jnp.where(on_top_BxK, z_BxK - others_Bx1, below_BxK)
 
 
 def counts(scores_N: np.ndarray, truth_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

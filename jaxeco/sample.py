@@ -142,6 +142,9 @@ def _show(pieces: "Iterator[list[Piece]]", prompts: list[str], origin: str) -> i
             page.close()
         except BrokenPipeError:  # nobody reads any more, as behind `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise UserError(f"cannot write the text: {error.strerror}") from error
     rate = ""
     if tokens > compiled[0]:
         per_second = (tokens - compiled[0]) / (time.monotonic() - compiled[1])

@@ -154,7 +154,7 @@ def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -
 
 def ending(p: Plan, first: int, step: int, interrupt: Interrupt, log: Log) -> str:
     """What to say of a session that ends at `step`; nothing if it trained to the planned end."""
-    since = stalled(p.ex, log)
+    since = stalled(p, log)
     if interrupt.signal or (step < p.steps and since is None):
         why = interrupt.signal.name if interrupt.signal else "--steps"
         return f"{why}: saved step {step:,}; --resume goes on from there"

@@ -70,6 +70,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path} holds a type of numbers that numpy lacks: {error}") from error
     except SafetensorError as error:
         raise UserError(
             f"{path} is not a safetensors file, or is cut off ({error}): copy or download it again"
@@ -87,12 +89,15 @@ def write(
     from safetensors.numpy import save
 
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
     part = path.with_name(f".{path.name}.part")
     rows = {name: np.require(array, requirements="C") for name, array in arrays.items()}
     try:
         part.write_bytes(save(rows, dict(metadata)))
         part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 

@@ -386,3 +386,14 @@ def test_texts_follow_one_another():
     assert other.fingerprint != both.fingerprint
     with pytest.raises(ValueError, match="expected one text source"):
         Texts(())
+
+
+def test_equal_texts_stay_together(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i // 3}"}) + "\n" for i in range(65)))
+    for cut in ("", "[:90%]", "[50%:]"):
+        train = set(JsonLines(str(path), split=f"train{cut}").documents())
+        assert train and not train & set(JsonLines(str(path), split="test").documents())
+    first = set(JsonLines(str(path), split="all[:50%]").documents())
+    rest = set(JsonLines(str(path), split="all[50%:]").documents())
+    assert not first & rest and len(first | rest) == 22

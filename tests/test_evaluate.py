@@ -170,9 +170,20 @@ class Vocabulary:
         (experiment(preprocess=(weighted,)), "average_precision: the data has weights"),
         (
             texts(train=Texts(1, Vocabulary(93))),
-            "texts has 93 tokens, the model room for 11: set model.vocab_size=93",
+            "its tokenizer has 93 tokens, the model room for 11: set model.vocab_size=93",
         ),
         (texts(evals={"test": Texts(0, Vocabulary(12))}), "12 tokens, the model room for 11"),
+        (
+            texts(train=Texts(1, Vocabulary(5)), evals={"test": Texts(0, Vocabulary(5, "others"))}),
+            "another tokenizer than",
+        ),
+        (
+            experiment(
+                train=data.Arrays(X[::-1].copy(), Y, classes=("a", "b", "c")),
+                evals={"test": data.Arrays(X, Y, classes=("c", "b", "a"))},
+            ),
+            "has the classes c, b, a, .* expected the same",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(ex: Experiment, says: str) -> None:

@@ -30,7 +30,7 @@ TRUNK = ("model.trunk.layers=1", "model.trunk.heads=2", "model.trunk.width=16")
 SHRUNK = {
     "docs_bpe": TRUNK,
     "finetune_classifier": (*TRUNK, "start=none", "optimizer.layers=1"),
-    "finetune_lora": ("start_from=none", "model.model.trunk.layers=1"),
+    "finetune_lora": ("start=none", "model.model.trunk.layers=1"),
     "gpt2_124m": (*TRUNK, "data_set=tiny_shakespeare", "context=16", "micro_batches=1"),
     "gpt2_small": TRUNK,
     "masked_lm": TRUNK,

@@ -367,3 +367,10 @@ def test_generate_refuses() -> None:
         generate(small, {}, BYTES, ["a"], tokens=5)
     with pytest.raises(ValueError, match="empty string"):
         generate(MODEL, PARAMS, BYTES, ["a"], tokens=5, stop=[""])
+
+
+def test_the_lowest_temperature_and_share_are_greedy() -> None:
+    logits_1xV = jnp.array([[1.0, 90.0, 89.0, -3.0]])
+    for sampling in (Sampling(1e-6), Sampling(top_p=1e-46)):
+        kept_1xV = jax.nn.softmax(g.filtered(logits_1xV, None, sampling))
+        np.testing.assert_array_equal(kept_1xV, [[0, 1, 0, 0]])

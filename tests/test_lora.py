@@ -132,6 +132,7 @@ def test_its_fields_can_be_read_and_set():
         "rank": 2,
         "alpha": 6.0,
         "targets": r"(.*/)?(query|value)/kernel",
+        "learns": None,
     }
     assert override(LORA, ["model", "width"], "5", "model.model.width").model.width == 5
     assert override(LORA, ["rank"], "4", "model.rank") == Lora(Net(), rank=4, alpha=6.0)

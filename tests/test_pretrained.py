@@ -301,11 +301,14 @@ def test_the_command_writes_a_runs_weights(run, tmp_path, capsys):
 
 def test_the_commands_mistakes_are_one_line(run, tmp_path):
     for words, says in (
-        ([str(run), "-o", "x", "--only", "head"], "--only head: there are base, lora"),
-        ([str(run), "-o", "x", "--only", "lora", "--merge-lora"], "leave out --only"),
-        ([str(run), "-o", "x", "--checkpoint", "last"], "expected best, newest or a step"),
-        ([str(run), "-o", "x", "--checkpoint", "best"], "decides which is best"),
-        ([str(tmp_path), "-o", "x"], "is not the folder of a run"),
+        ([str(run), "-o", "x.safetensors", "--only", "head"], "no such part; it has base, lora"),
+        ([str(run), "-o", "x.safetensors", "--only", "lora", "--merge-lora"], "leave out --only"),
+        (
+            [str(run), "-o", "x.safetensors", "--checkpoint", "last"],
+            "expected best, newest",
+        ),
+        ([str(run), "-o", "x.safetensors", "--checkpoint", "best"], "decides which is best"),
+        ([str(tmp_path), "-o", "x.safetensors"], "is not the folder of a run"),
         ([str(run)], "required: -o/--output"),
     ):
         with pytest.raises(UserError, match=says) as error:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax, logit, logsumexp, softmax
 from sklearn.metrics import (
     average_precision_score,
     precision_recall_curve,
@@ -11,6 +11,7 @@ from sklearn.metrics import (
     roc_curve,
 )
 
+from jaxeco import ranking
 from jaxeco.ranking import (
     AveragePrecision,
     PrecisionRecallCurve,
@@ -129,3 +130,14 @@ def test_what_is_kept_of_a_batch():
 def test_errors_name_the_shapes(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_scores_do_not_depend_on_the_order_of_classes():
+    outputs_BxK = np.random.default_rng(0).integers(0, 4, (200, 5)).astype(np.float32)
+    scores_BxK = np.asarray(ranking.log_odds(jnp.asarray(outputs_BxK)))
+    order = np.array([3, 0, 4, 2, 1])
+    np.testing.assert_array_equal(
+        ranking.log_odds(jnp.asarray(outputs_BxK[:, order])), scores_BxK[:, order]
+    )
+    p_BxK = softmax(outputs_BxK.astype(np.float64), 1)
+    np.testing.assert_allclose(scores_BxK, logit(p_BxK), rtol=1e-5, atol=1e-6)

@@ -295,15 +295,16 @@ def test_what_counts_as_better(
     tmp_path: Path, values: list[float], mode: str, patience: int, since: int | None
 ) -> None:
     name = "loss" if mode == "min" else "accuracy"
-    ex = experiment(best=f"test/{name}", patience=patience)
+    ex = experiment(best=f"test/{name}", patience=patience, eval_every=Steps(1))
+    p = plan(ex, jax.devices()[:1])
     options: dict[str, Any] = {"total_steps": 9, "examples_per_step": 1, "tensorboard": False}
     with Log(tmp_path, **options) as log:
         for step, value in enumerate(values, 1):
             log.evaluation(step, "test", {name: value})
-        assert stalled(ex, log) == since
+        assert stalled(p, log) == since
     with Log(tmp_path, first_step=9, **options) as log:  # as a resumed run sees it
-        assert stalled(ex, log) == since
-        assert stalled(dataclasses.replace(ex, patience=None), log) is None
+        assert stalled(p, log) == since
+        assert stalled(plan(dataclasses.replace(ex, patience=None)), log) is None
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ def _write(
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
+        partial.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp shuts others out
         try:
             partial.rename(folder)
         except OSError as error:  # without locks another process can have been first

@@ -301,6 +301,10 @@ class JsonLines:
         _check_split("JsonLines", self.split)
         if self.classes and self.label is None:
             raise ValueError("JsonLines.classes: got classes, but no label; name the label's key")
+        if not isinstance(self.classes, tuple) or len(set(self.classes)) < len(self.classes):
+            raise ValueError(
+                f"JsonLines.classes: got {self.classes!r}, expected a tuple of different names"
+            )
 
     def documents(self) -> Documents:
         """Reads all lines once, for their hashes and labels; the fingerprint covers the content.
@@ -477,8 +481,13 @@ def _dealt(keys: Iterable[bytes], split: str, test: int = 10) -> np.ndarray:
         [int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys], np.uint64
     )
     size = len(hashes_N)
+    order_N = np.argsort(hashes_N, kind="stable")
+    dealt_N = hashes_N[order_N]
     part = _positions(split, size, size * (test - 1) // test)
-    return np.sort(np.argsort(hashes_N, kind="stable")[part])
+    # a cut between equal texts moves to their first, so that they stay together
+    first, stop = (np.searchsorted(dealt_N, dealt_N[cut]) if cut < size else size
+                   for cut in (part.start, part.stop))  # fmt: skip
+    return np.sort(order_N[first:stop])
 
 
 def _digest(

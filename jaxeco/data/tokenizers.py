@@ -16,6 +16,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
@@ -300,7 +301,13 @@ class _HuggingFace(Tokenizer):
         return bytes_V
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return _encoded(self._library, enumerate(texts))
+        try:
+            return _encoded(self._library, enumerate(texts))
+        except Exception as error:  # the library has no other kind
+            raise UserError(
+                f"the tokenizer cannot encode this text ({error}): it needs a token for what it"
+                " does not know"
+            ) from error
 
     def _decode(self, tokens: list[int]) -> str:
         return self._library.decode(tokens, skip_special_tokens=True)
@@ -436,6 +443,8 @@ class Bpe:
 def _trained(of: Bpe, corpus: str) -> Tokenizer:
     key = json.dumps([of.vocab_size, corpus, version("tokenizers")])
     path = runtime.cache_dir() / "tokenizers" / f"bpe{of.vocab_size}-{_digest(key.encode())}.json"
+    with suppress(UserError):  # a cache may be there for reading only
+        return load_tokenizer(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock")):

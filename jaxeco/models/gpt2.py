@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxeco.errors import UserError
+
 TRUNK = {
     "wte.weight": "token_embed/embedding",
     "wpe.weight": "position_embed/embedding",
@@ -51,6 +53,8 @@ def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             block, inner = f"trunk/block_{match[1]}", match[2]
             if inner in BLOCK:
                 found[f"{block}/{BLOCK[inner]}"] = array
+            elif inner in ATTENTION and array.shape[-1] % 3:
+                raise UserError(f"{name} is {list(array.shape)}: expected queries, keys and values")
             elif inner in ATTENTION:
                 for part, piece in zip(("query", "key", "value"), np.split(array, 3, axis=-1)):
                     found[f"{block}/{part}/{ATTENTION[inner]}"] = piece

@@ -103,6 +103,8 @@ class Stack(nn.Module, kw_only=True):
             raise ValueError(
                 f"positions='rotary' turns pairs: width={self.width} / heads={self.heads} is odd"
             )
+        if not self.rotary_base > 0:
+            raise ValueError(f"rotary_base={self.rotary_base}: expected a number above 0")
         if self.positions == "sinusoidal" and self.width % 2:
             raise ValueError(f"positions='sinusoidal' pairs sine and cosine: width={self.width}")
         super().__post_init__()
@@ -238,6 +240,10 @@ class Transformer(Stack, kw_only=True):
     def __post_init__(self) -> None:
         check_count("vocab_size", self.vocab_size)
         check_count("context", self.context)
+        for name in ("separator", "pad"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name}={token}: expected a token below {self.vocab_size}")
         super().__post_init__()
 
     def setup(self) -> None:
@@ -314,7 +320,8 @@ class Transformer(Stack, kw_only=True):
         if self.positions == "learned":
             x_BxTxD = x_BxTxD + self.position_embed(position_BxT)
         elif self.positions == "sinusoidal":
-            x_BxTxD = x_BxTxD + sinusoids(position_BxT, self.width)
+            sines_BxTxD = sinusoids(position_BxT, self.width)
+            x_BxTxD = x_BxTxD + sines_BxTxD.astype(x_BxTxD.dtype)
         return self.norm_in(x_BxTxD) if self.embed_norm else x_BxTxD
 
     def attend(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -350,6 +357,11 @@ class LanguageModel(nn.Module):
     tied: bool = True
     transform: bool = False
     soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise ValueError(f"soft_cap={self.soft_cap}: expected a number above 0, or None")
+        super().__post_init__()
 
     def setup(self) -> None:
         trunk = self.trunk
