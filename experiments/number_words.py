@@ -13,8 +13,8 @@ def experiment(
     lr: float = 2e-3,  # of AdamW; falls linearly to 0
     width: int = 96,
     layers: int = 2,  # of the encoder, and of the decoder
-    batch: int = 64,
-    steps: int = 1500,
+    batch: int = 32,
+    steps: int = 1000,
 ) -> Experiment:
     letters = data.Bytes()
 
@@ -54,8 +54,8 @@ def experiment(
         batch=batch,
         length=Steps(steps),
         eval_batch=250,
-        eval_every=Steps(500),
-        save_every=Steps(500),
+        eval_every=Steps(250),
+        save_every=Steps(250),
         log_every=Steps(20),
         best="test/sequence_accuracy",
     )
