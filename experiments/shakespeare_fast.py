@@ -5,7 +5,8 @@
 
 Loss 1.638 ± 0.004 nats a character on all of the last tenth of the text (mean ± sd, n = 3 seeds);
 70 to 84 seconds a run, start to end, on a 2-core CPU with JAX 0.10.2. The 2,000 steps of
-shakespeare_char.py, at 1.803, take 82 seconds in PyTorch (from the rate in docs/benchmarks.md).
+shakespeare_char.py, which come to 1.803, would take PyTorch 72 seconds at its rate in
+docs/benchmarks.md, without evaluation.
 """
 
 from shakespeare_char import texts
