@@ -4,9 +4,9 @@
 
     texts = generate(model, params, tokenizer, ["ROMEO:"], tokens=100, sampling=Sampling(0.8))
 
-Two programs are compiled. `_read` takes prompts, of several lengths, into a cache; `_extend` reads
-the last token and draws the next, up to CHUNK times. It is called again and again, so that text can
-be shown in between, and searched for the strings that it is to stop at.
+Two programs are compiled. `_prefill` takes prompts, of several lengths, into a cache; `_extend`
+reads the last token and draws the next, up to CHUNK times. It is called again and again, so that
+text can be shown in between, and searched for the strings that it is to stop at.
 
 The random numbers of row b and token t come from fold_in(fold_in(key, b), t): the same seed gives
 the same text whatever the chunks and the other rows, up to what rounding does to a tie.
@@ -154,7 +154,9 @@ class State(struct.PyTreeNode):
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))
-def _read(model: Any, params: Any, tokens_BxP: jax.Array, start_B: jax.Array, *, slots: int) -> Any:
+def _prefill(
+    model: Any, params: Any, tokens_BxP: jax.Array, start_B: jax.Array, *, slots: int
+) -> Any:
     """A cache of `slots` slots of rows that begin at `start_B` and end at P.
 
     In it the longest row begins at slot 0: P is one of few lengths, and what is too much of it for
@@ -171,7 +173,13 @@ def _read(model: Any, params: Any, tokens_BxP: jax.Array, start_B: jax.Array, *,
 
     keys, values = ([shift(a, 2) for a in of] for of in (cache.keys, cache.values))
     tokens_BxS = shift(cache.tokens_BxS, 1)
-    return type(cache)(tuple(keys), tuple(values), tokens_BxS, P - blank, start_B - blank)
+    return cache._replace(
+        keys=tuple(keys),
+        values=tuple(values),
+        tokens_BxS=tokens_BxS,
+        filled=P - blank,
+        start_B=start_B - blank,
+    )
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "vocab"), donate_argnames="state")
@@ -337,7 +345,7 @@ class Decoding:
         for b, (row, first) in enumerate(zip(self.rows, self.first)):
             start_B[b] = P - (len(row) - 1 - first)
             tokens_BxP[b, start_B[b] :] = row[first:-1]
-        cache = _read(self.model, self.params, tokens_BxP, start_B, slots=self.slots)
+        cache = _prefill(self.model, self.params, tokens_BxP, start_B, slots=self.slots)
         return cache, jnp.array([row[-1] for row in self.rows], jnp.int32)
 
 
