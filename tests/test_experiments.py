@@ -34,7 +34,12 @@ SHRUNK = {
     "gpt2_124m": (*TRUNK, "data_set=tiny_shakespeare", "context=16", "micro_batches=1"),
     "gpt2_small": TRUNK,
     "masked_lm": TRUNK,
-    "number_words": ("layers=1", "width=16"),
+    "number_words": (
+        "layers=1",
+        "width=16",
+        "train.sources.split=test",
+        "train.targets.split=test",
+    ),
     "shakespeare_char": TRUNK,
     "shakespeare_fast": TRUNK,
 }
