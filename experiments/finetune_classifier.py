@@ -16,8 +16,8 @@ from jaxeco.pretrained import Pretrained
 
 def experiment(
     start: str | None = "runs/docs_bpe",  # the run whose weights it starts from; none: anew
-    lr: float = 1e-3,  # of AdamW; falls linearly to 0
-    layer_decay: float = 0.8,  # the rate of each layer, as a share of that of the layer above
+    lr: float = 3e-3,  # of AdamW; falls linearly to 0
+    layer_decay: float = 0.9,  # the rate of each layer, as a share of that of the layer above
     length: int = 64,  # tokens of a text that are read
     batch: int = 32,
     epochs: float = 8,
