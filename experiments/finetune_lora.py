@@ -4,7 +4,7 @@
     python -m jaxeco.run experiments/finetune_lora.py
     python -m jaxeco.weights runs/finetune_lora --only lora -o lora.safetensors
 
-CLAIM
+No result is claimed yet.
 """
 
 import dataclasses

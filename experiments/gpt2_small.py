@@ -3,7 +3,7 @@
     python -m jaxeco.run experiments/gpt2_small.py seed=0    # and seed=1, seed=2
     python -m jaxeco.sample runs/gpt2_small --prompt "To be"
 
-CLAIM
+No result is claimed yet.
 """
 
 from jaxeco import data, losses, metrics, models, optim
