@@ -4,7 +4,7 @@
     python -m jaxeco.sample runs/docs_bpe --prompt "The method returns"
 
 Loss 3.857 ± 0.011 nats a token on all of the text held out, that is 1.715 ± 0.005 bits a byte (mean
-± sd, n = 3 seeds); 2 to 6 minutes a run on a 2-core CPU with JAX 0.10.2, which other work shared.
+± sd, n = 3 seeds); 3 to 6 minutes a run on a 2-core CPU with JAX 0.10.2, which other work shared.
 The text differs a little between versions of Python: this was 3.11's.
 """
 

@@ -6,8 +6,8 @@
 
 On 401 docstrings held out, at the best of 8 evaluations (mean ± sd, n = 3 seeds): from the weights
 macro F1 0.790 ± 0.011, accuracy 80.2 ± 1.2 %; anew macro F1 0.729 ± 0.027, accuracy 75.2 ± 2.8 %.
-About 80 seconds a run on a 2-core CPU with JAX 0.10.2 and Python 3.11. The rates were chosen by
-seed 1 on the same docstrings.
+1.3 to 3 minutes a run on a 2-core CPU with JAX 0.10.2 and Python 3.11, which other work shared. The
+weights are docs_bpe's of the same seed; the rates were chosen by seed 1 on the same docstrings.
 """
 
 from docs_bpe import tokens, trunk
