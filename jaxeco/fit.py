@@ -260,7 +260,8 @@ def fit(
     end = min(plan.steps, stop_at or plan.steps)
     call, feed = plan.compiled(), plan.feed()
     evaluators = {split: Evaluator(ex, data, plan.mesh) for split, data in plan.evals.items()}
-    step = first = int(state.step)
+    step, offset = int(state.step), int(state.offset)
+    first = step
     pending: list[tuple[int, Sums]] = []  # calls that the log has not seen: (first step, sums)
 
     def report() -> None:
@@ -310,7 +311,7 @@ def fit(
                 checkpoints.wait()
                 return state
             n = min(end, *((step // grid + 1) * grid for grid in grids)) - step
-            state, sums = call(state, feed.resident, feed.fed(step, n))
+            state, sums = call(state, feed.resident, feed.fed(step + offset, n))
             if step == first:  # rates count from here, when it is compiled and has run once
                 jax.block_until_ready(sums)
                 log.mark(step + n)

@@ -25,6 +25,7 @@ class State(struct.PyTreeNode):
     """Everything that changes during training."""
 
     step: jax.Array  # i32[]: steps taken
+    offset: jax.Array  # i32[]: batches passed over by roll-backs; step t sees batch t + offset
     params: Any
     variables: Any  # the model's other collections, such as batch statistics
     opt_state: Any
@@ -38,7 +39,7 @@ def init(
     init_key, run_key = jax.random.split(key)
     variables = ex.model.init(init_key, preprocess(ex, batch)["x"], train=False)
     params = variables.pop("params")
-    return State(jnp.int32(0), params, variables, tx.init(params), run_key)
+    return State(jnp.int32(0), jnp.int32(0), params, variables, tx.init(params), run_key)
 
 
 def many_steps(
@@ -76,7 +77,10 @@ def train_step(
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return State(state.step + 1, params, variables, opt_state, state.key), sums
+    after = state.replace(
+        step=state.step + 1, params=params, variables=variables, opt_state=opt_state
+    )
+    return after, sums
 
 
 def accumulated_grads(
