@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxeco.data import order
-from jaxeco.data.dataset import Dataset
+from jaxeco.data.dataset import Column, Dataset
+from jaxeco.data.pipeline import _THREADS as THREADS
 from jaxeco.data.pipeline import Feed, assemble, fits
 from jaxeco.errors import UserError
 
@@ -163,6 +164,56 @@ def test_evaluation_counts_every_example_once(resident, count, batch):
     }
     assert_same(counted, {"x": x, "y": y, "index": np.arange(count, dtype=np.int32)})
     assert all(sorted(got) == ["index", "mask", "x", "y"] for got in found)
+
+
+class Counting:
+    """Records of two columns that note which rows are decoded."""
+
+    def __init__(self, count):
+        self.x, self.y = values(count)
+        self.decoded = []
+
+    def read(self, rows):
+        self.decoded.append(rows.tolist())
+        return {"x": self.x[rows], "y": self.y[rows]}
+
+    def dataset(self):
+        fields = {k: Column(self, k, a.shape, a.dtype) for k, a in (("x", self.x), ("y", self.y))}
+        return Dataset(fields, (), "counted", "counted")
+
+
+@pytest.mark.parametrize("kind", [partial(Feed.training, seed=4), Feed.evaluation])
+def test_a_share_of_the_batch_is_cut_from_the_same_batches(kind):
+    share = np.array([1, 2, 6])
+    for resident in (True, False):
+        with (
+            kind(dataset(20), 8, resident=resident) as whole,
+            kind(dataset(20), 8, resident=resident, share=share) as part,
+        ):
+            cut = {name: value[:, share] for name, value in whole.fed(0, 2).items()}
+            assert_same(part.fed(0, 2), cut)
+            assert all(len(value) == 8 for value in part.plan(1).values())
+            assert_same(part.plan(1), whole.plan(1))
+
+
+def test_streaming_decodes_the_rows_of_its_share_once_and_no_others():
+    records, share = Counting(40), np.array([0, 3])
+    with Feed.training(records.dataset(), 8, seed=4, resident=False, share=share) as feed:
+        for step in range(5):
+            feed.fed(step)
+        ahead = [feed.plan(step)["row"][share].tolist() for step in range(5 + 2 * THREADS)]
+    assert_no_thread_reads_on()
+    assert sorted(records.decoded) == sorted(ahead[: len(records.decoded)])
+    assert len(records.decoded) >= 5
+    records.decoded.clear()
+    Feed.training(records.dataset(), 8, seed=4, resident=True)
+    assert sorted(np.concatenate(records.decoded)) == list(range(40))
+
+
+@pytest.mark.parametrize("share", [[], [3, 1], [1, 1], [-1, 2], [7, 8]])
+def test_a_share_that_is_no_part_of_the_batch_is_an_error(share):
+    with pytest.raises(ValueError, match=r"share: got .*, expected ascending positions in 0 to 7"):
+        Feed.training(dataset(20), 8, seed=0, resident=False, share=np.array(share, int))
 
 
 def test_threads_end_with_the_feed():

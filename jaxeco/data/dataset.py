@@ -27,6 +27,35 @@ class Field(Protocol):
     def __getitem__(self, indices: np.ndarray, /) -> np.ndarray: ...
 
 
+class Records(Protocol):
+    """Examples that are decoded as a whole, all fields at once."""
+
+    def read(self, rows_B: np.ndarray, /) -> Mapping[str, np.ndarray]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """A field of `records`, decoded on demand; `read` decodes several of one example once."""
+
+    records: Records
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def __getitem__(self, indices: np.ndarray, /) -> np.ndarray:
+        return self.records.read(indices)[self.name]
+
+
+def read(fields: Mapping[Any, Field], rows_B: np.ndarray) -> dict[Any, np.ndarray]:
+    """The given rows of every field; a record that several are columns of is decoded once."""
+    columns = {id(f.records): f.records for f in fields.values() if isinstance(f, Column)}
+    records = {key: value.read(rows_B) for key, value in columns.items()}
+    return {
+        key: records[id(f.records)][f.name] if isinstance(f, Column) else f[rows_B]
+        for key, f in fields.items()
+    }
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Examples by index.

@@ -5,8 +5,12 @@ threads decode batches ahead of the step that wants them. The batches are the sa
 either way a batch is a function of the step alone: nothing to save, nothing to skip.
 
     with Feed.training(dataset, batch=256, seed=0, resident=True, place=place) as feed:
-        fed = feed.fed(step, n)                      # numpy, [n, B, ...], for a scan over n steps
+        fed = feed.fed(step, n)                      # numpy, [n, S, ...], for a scan over n steps
         batch = assemble(feed.resident, fed_of_one)  # inside the compiled step
+
+B: examples of the global batch, S: those of them that this process holds, its share. What is not in
+the share is not read. The order is that of the global batch, so the number of processes does not
+change it, nor does a run that goes on with another number.
 """
 
 import os
@@ -19,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeco.data import order
-from jaxeco.data.dataset import Dataset, Field
+from jaxeco.data.dataset import Dataset, read
 
 Fields = dict[str, np.ndarray]
 
@@ -43,12 +47,14 @@ class Feed:
     Attributes:
       dataset: where the examples come from.
       batch: B, examples in a batch.
+      share: i64[S], which of them this process holds, ascending.
       steps: batches in one pass over the data. Training goes on after it, evaluation ends.
       resident: fields on the device, arrays [N, ...] or pytrees of arrays; {} when streaming.
     """
 
     dataset: Dataset
     batch: int
+    share: np.ndarray
     steps: int
     resident: dict[str, Any]
 
@@ -62,16 +68,23 @@ class Feed:
         ends: bool,
         resident: bool,
         place: Callable[[Any], Any],
+        share: np.ndarray | None,
     ):
-        """Use the named constructors. `plan(step)` gives "row", and maybe "index" and "mask"."""
+        """Use the named constructors."""
         self.dataset, self.batch, self.steps = dataset, batch, steps
+        self.share = np.arange(batch) if share is None else np.asarray(share, np.int64)
+        ascending = np.array_equal(self.share, np.unique(self.share))
+        if not (ascending and len(self.share) and 0 <= self.share[0] <= self.share[-1] < batch):
+            raise ValueError(
+                f"share: got {share}, expected ascending positions in 0 to {batch - 1}"
+            )
         self._plan = plan
         self._stop = steps if ends else 2**62
         self._reader: Any = None
         self._next = 0  # the step that the reader gives next
         self.resident = {}
         if resident:
-            placed = place({key: _whole(array) for key, array in dataset.arrays.items()})
+            placed = place(_whole(dataset))
             self.resident = jax.tree.map(lambda array: placed[id(array)], dict(dataset.fields))
 
     @classmethod
@@ -83,6 +96,7 @@ class Feed:
         *,
         resident: bool,
         place: Callable[[Any], Any] = jax.device_put,
+        share: np.ndarray | None = None,
     ) -> Self:
         """Shuffled batches without end; the remainder of an epoch is dropped (`order.indices`).
 
@@ -92,16 +106,19 @@ class Feed:
           seed: of the order, an integer in [0, 2**64).
           resident: whether the examples lie on the device; see `fits`.
           place: puts a pytree of arrays there, once, e.g. replicated over a mesh.
+          share: positions in the global batch that this process holds, ascending; None: all.
 
         Raises:
-          ValueError: if the batch is larger than a pass.
+          ValueError: if the batch is larger than a pass, or the share is not a part of it.
         """
         steps = order.steps_per_epoch(batch, dataset.training_examples)
 
         def plan(step: int) -> Fields:
             return {"row": order.indices(seed, step, batch, len(dataset), dataset.stride)}
 
-        return cls(dataset, batch, steps, plan, ends=False, resident=resident, place=place)
+        return cls(
+            dataset, batch, steps, plan, ends=False, resident=resident, place=place, share=share
+        )
 
     @classmethod
     def evaluation(
@@ -111,10 +128,12 @@ class Feed:
         *,
         resident: bool,
         place: Callable[[Any], Any] = jax.device_put,
+        share: np.ndarray | None = None,
     ) -> Self:
         """Every example once, in order, in `steps` batches of one size; padding has mask 0.
 
         A batch also holds "index", i32[B]: which of the split's examples each is, from 0.
+        `share` is as in `training`.
         """
         size = dataset.eval_examples
 
@@ -127,13 +146,23 @@ class Feed:
             }
 
         steps = order.eval_steps(batch, size)
-        return cls(dataset, batch, steps, plan, ends=True, resident=resident, place=place)
+        return cls(
+            dataset, batch, steps, plan, ends=True, resident=resident, place=place, share=share
+        )
+
+    def plan(self, step: int) -> Fields:
+        """Which examples the whole batch of a step consists of, whoever holds them; reads none.
+
+        Returns:
+          "row" i64[B], of the data set; in an evaluation also "index" i32[B] and "mask" f32[B].
+        """
+        return self._plan(step)
 
     def fed(self, step: int, n: int = 1) -> Fields:
-        """What `n` steps from `step` on are fed: host arrays with leading dimensions [n, B].
+        """What `n` steps from `step` on are fed: host arrays with leading dimensions [n, S].
 
-        Resident: "row" i32[n, B]. Streaming: the examples themselves. In an evaluation also
-        "index" i32[n, B] and "mask" f32[n, B]. Steps asked for one after another are read ahead;
+        Resident: "row" i32[n, S]. Streaming: the examples themselves. In an evaluation also
+        "index" i32[n, S] and "mask" f32[n, S]. Steps asked for one after another are read ahead;
         any other step starts the reader anew, which costs no more than the first batch did.
 
         Raises:
@@ -144,7 +173,7 @@ class Feed:
             raise ValueError(f"got step {step} and n {n}, expected at least 0 and 1")
         if step + n > self._stop:
             raise ValueError(f"got steps up to {step + n}, expected at most {self._stop} of them")
-        batches = [self._plan(step + i) for i in range(n)] if self.resident else self._read(step, n)
+        batches = [self._cut(step + i) for i in range(n)] if self.resident else self._read(step, n)
         return {name: _host(np.stack([batch[name] for batch in batches])) for name in batches[0]}
 
     def close(self) -> None:
@@ -182,10 +211,13 @@ class Feed:
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
         return iter(batches.to_iter_dataset(options))
 
+    def _cut(self, step: int) -> Fields:
+        return {name: value[self.share] for name, value in self._plan(step).items()}
+
     def _gather(self, step: int) -> Fields:
-        plan = self._plan(int(step))
-        row = plan.pop("row")
-        return {name: _host(field[row]) for name, field in self.dataset.fields.items()} | plan
+        fed = self._cut(int(step))
+        examples = read(self.dataset.fields, fed.pop("row"))
+        return {name: _host(value) for name, value in examples.items()} | fed
 
 
 def assemble(resident: dict[str, Any], fed: dict[str, Any]) -> dict[str, jax.Array]:
@@ -220,17 +252,19 @@ def _host(array: np.ndarray) -> np.ndarray:
     return np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
 
 
-def _whole(field: Field) -> np.ndarray:
-    """All examples; what has to be decoded is decoded by several threads."""
-    if isinstance(field, np.ndarray):
-        return _host(field)
-    whole = np.empty(field.shape, field.dtype)
+def _whole(dataset: Dataset) -> dict[int, np.ndarray]:
+    """`dataset.arrays`; those that have to be decoded are decoded by several threads."""
+    wholes = dict(dataset.arrays)
+    decoded = {key: field for key, field in wholes.items() if not isinstance(field, np.ndarray)}
+    wholes |= {key: np.empty(field.shape, field.dtype) for key, field in decoded.items()}
 
-    def read(rows: np.ndarray) -> None:
-        whole[rows] = field[rows]
+    def fill(rows: np.ndarray) -> None:
+        for key, values in read(decoded, rows).items():
+            wholes[key][rows] = values
 
-    chunks = np.array_split(np.arange(len(whole)), -(-len(whole) // 64))
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for _ in pool.map(read, chunks):
-            pass
-    return _host(whole)
+    if decoded:
+        chunks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // 64))
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for _ in pool.map(fill, chunks):
+                pass
+    return {key: _host(array) for key, array in wholes.items()}
