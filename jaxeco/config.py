@@ -79,7 +79,8 @@ def load(path: str | Path, assignments: Sequence[str] = ()) -> Loaded:
 def parse(text: str, hint: Any, name: str) -> Any:
     """Reads `text` as a value of type `hint`; `name` is for the message.
 
-    Understands int, float, bool, str, None, Literal, unions and tuples (comma separated).
+    Understands int, float, bool, str, None, Literal, unions, tuples (comma separated), and classes
+    that have a `parse`.
 
     Raises:
       UserError: the text is not such a value.
@@ -98,6 +99,11 @@ def parse(text: str, hint: Any, name: str) -> Any:
             pass
     if hint is str:
         return text
+    if hasattr(hint, "parse"):  # a class that has a notation of its own
+        try:
+            return hint.parse(text)
+        except ValueError as error:
+            raise UserError(f"{name}={text}: {error}") from error
     if origin is typing.Literal:
         for option in options:
             if text == str(option):
@@ -313,7 +319,8 @@ def _readable(hint: Any) -> bool:
     """Whether a value of this type can be written on the command line."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_readable(h) for h in typing.get_args(hint) if h is not types.NoneType)
-    return hint in (int, float, bool, str) or typing.get_origin(hint) in (typing.Literal, tuple)
+    simple = hint in (int, float, bool, str) or hasattr(hint, "parse")
+    return simple or typing.get_origin(hint) in (typing.Literal, tuple)
 
 
 def _nearest(name: str, known: typing.Iterable[str], listed: typing.Iterable[Any]) -> str:

@@ -40,20 +40,24 @@ def eval_step(
 class Evaluator:
     """Evaluates models on one split; its compiled step and its data stay in place."""
 
-    def __init__(self, ex: Experiment, dataset: Dataset, mesh: Mesh) -> None:
+    def __init__(
+        self, ex: Experiment, dataset: Dataset, mesh: Mesh, shardings: Any = None
+    ) -> None:
+        """`shardings`: of (params, variables), as `parallel.compiled` takes them."""
         self.ex, self.name, self.size = ex, dataset.name, dataset.eval_examples
         self.feed = Feed.evaluation(
             dataset,
             ex.eval_batch,
             resident=fits(dataset, ex.resident_bytes),
             place=partial(parallel.place, mesh=mesh),
+            share=parallel.share(mesh, ex.eval_batch),
         )
 
         def step(model: tuple[Any, Any], resident: Any, fed_n: Any) -> tuple[Any, Kept]:
             first = jax.tree.map(lambda a: a[0], fed_n)
             return eval_step(ex, *model, assemble(resident, first))
 
-        self.step = parallel.compiled(step, ex.parallel, mesh, donate=False)
+        self.step = parallel.compiled(step, ex.parallel, mesh, shardings, updates=False)
 
     def __call__(
         self, params: Any, variables: Any, stop: Callable[[], bool] = lambda: False
@@ -86,11 +90,10 @@ class Evaluator:
             for i in range(feed.steps):
                 if stop():
                     return None
-                fed = feed.fed(i)
-                found = self.step((params, variables), feed.resident, fed)
+                found = self.step((params, variables), feed.resident, feed.fed(i))
                 if waiting:
                     add()
-                waiting.append((fed["mask"][0], found))
+                waiting.append((feed.plan(i)["mask"], found))
         add()
         sums, count = totals
         if count != self.size:

@@ -48,6 +48,54 @@ class Steps:
         return self.count
 
 
+@dataclass(frozen=True)
+class MeshShape:
+    """How many devices share each part of the work; written data:2,fsdp:2,tensor:2.
+
+    Attributes:
+      data: parts of the batch; None: what the other axes leave of the devices.
+      fsdp: parts of the batch, too, and of parameters and optimizer state (Rajbhandari et al. 2020,
+        ZeRO stage 3): each device holds a part of them, and asks the others when it needs the rest.
+      sequence: parts of each text, for transformers.
+      tensor: parts of each layer: heads, units of the MLP, features (Shoeybi et al. 2019).
+    """
+
+    data: int | None = None
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if (value is not None or f.default is not None) and not _whole(value):
+                raise ValueError(f"{f.name}:{value}: expected a whole number of at least 1")
+
+    @classmethod
+    def parse(cls, text: str) -> MeshShape:
+        """Reads "data:2,fsdp:4"; raises ValueError where it cannot."""
+        names = [f.name for f in fields(cls)]
+        sizes: dict[str, int] = {}
+        for word in text.split(","):
+            axis, colon, size = word.strip().partition(":")
+            if not colon or axis not in names or not size.isdecimal() or axis in sizes:
+                raise ValueError(
+                    f"{word.strip()!r}: expected axis:devices, such as data:2,fsdp:4, each of"
+                    f" {', '.join(names)} at most once"
+                )
+            sizes[axis] = int(size)
+        return cls(**sizes)
+
+    def __str__(self) -> str:
+        """As it is written; axes of one device are left out."""
+        sizes = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ",".join(f"{name}:{n}" for name, n in sizes.items() if n not in (None, 1))
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 # marks a field that may differ between a checkpoint and the run that continues from it
 FREE = {"identity": False}
 
@@ -82,6 +130,7 @@ class Experiment:
     precision: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass
 
     # how a step meets the devices
+    mesh: MeshShape = field(default=MeshShape(), metadata=FREE)
     parallel: Literal["jit", "shard_map", "pmap"] = field(default="jit", metadata=FREE)
     steps_per_call: int = field(default=1, metadata=FREE)  # above 1 where a step is very short
     resident_gib: float = field(default=4.0, metadata=FREE)  # smaller data lies on the devices
@@ -97,7 +146,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         for name in ("batch", "grad_accum", "steps_per_call", "eval_batch", "keep"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
+            if not _whole(value := getattr(self, name)):
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm}: expected a number above 0, or None")

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxeco import parallel
+from jaxeco import parallel, sharding
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.data.dataset import Dataset
 from jaxeco.data.pipeline import Feed, fits
@@ -50,12 +50,22 @@ class Plan:
         return init(self.ex, self.tx, jax.random.key(self.ex.seed), one)
 
     def abstract_state(self) -> State:
-        """The State's shapes, dtypes and where on the devices each part belongs."""
-        everywhere = parallel.replicated(self.mesh)
+        """The State's shapes, dtypes and where on the devices each part belongs.
+
+        Raises:
+          UserError: the mesh does not divide what it is to split, or has nothing to split.
+        """
+        state = jax.eval_shape(self.init)
         return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-            jax.eval_shape(self.init),
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+            state,
+            sharding.shardings(state, self.ex.model, self.mesh),
         )
+
+    @property
+    def shardings(self) -> State:
+        """Where on the devices each part of the State belongs."""
+        return jax.tree.map(lambda a: a.sharding, self.abstract_state())
 
     def start(self, said: Callable[["Report"], None] = lambda report: None) -> State:
         """The State before step 0, where it belongs; its parameters from `ex.start_from`, if set.
@@ -66,7 +76,7 @@ class Plan:
         Raises:
           UserError: the parameters to start from are missing, damaged or do not fit.
         """
-        shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state())
+        shardings = self.shardings
         state = jax.jit(self.init, out_shardings=shardings)()
         if self.ex.start_from is None:
             return state
@@ -89,7 +99,14 @@ class Plan:
     def compiled(self) -> parallel.Function:
         """(state, resident, fed_n) -> (state, sums_n): n steps on all devices; gives up `state`."""
         steps = partial(many_steps, self.step)
-        return parallel.compiled(steps, self.ex.parallel, self.mesh, donate=True)
+        return parallel.compiled(steps, self.ex.parallel, self.mesh, self.shardings, updates=True)
+
+    def evaluators(self) -> dict[str, Evaluator]:
+        """For each split, what evaluates a State's parameters and variables on it."""
+        model = self.shardings.params, self.shardings.variables
+        return {
+            split: Evaluator(self.ex, data, self.mesh, model) for split, data in self.evals.items()
+        }
 
     def feed(self) -> Feed:
         """The training batches, by step; on the devices if the data fits there."""
@@ -99,6 +116,7 @@ class Plan:
             self.ex.seed,
             resident=fits(self.train, self.ex.resident_bytes),
             place=partial(parallel.place, mesh=self.mesh),
+            share=parallel.share(self.mesh, self.ex.batch),
         )
 
 
@@ -108,7 +126,8 @@ def plan(ex: Experiment, devices: Sequence[jax.Device] | None = None) -> Plan:
     Raises:
       UserError: the data is missing, or batch sizes do not fit it or the devices.
     """
-    mesh = parallel.data_mesh(devices)
+    mesh = parallel.make_mesh(ex.mesh, devices)
+    parallel.check_parallel(ex.parallel, mesh)
     parallel.check_batch("batch", ex.batch, mesh, ex.grad_accum)
     parallel.check_batch("eval_batch", ex.eval_batch, mesh)
     train = ex.train.open()
@@ -163,7 +182,7 @@ def check(plan: Plan) -> None:
                     f" {listed(classes)}: expected the same, in the same order"
                 )
             check_text(ex, plan.train, data)
-        state = jax.eval_shape(plan.init)
+        state = plan.abstract_state()
         model = (state.params, state.variables)
         outputs = jax.eval_shape(partial(predict, ex), *model, shapes(plan.train, 1))
         labelled = classes and len(plan.train.fields["y"].shape) == 1 and outputs.ndim == 2
@@ -173,11 +192,12 @@ def check(plan: Plan) -> None:
                 f"the model has {has} outputs, but {name} has {len(classes)} classes: set the"
                 f" model's num_classes={len(classes)}"
             )
-        jax.eval_shape(plan.step, state, shapes(plan.train, ex.batch))
-        for data in plan.evals.values():
-            index = {"index": jax.ShapeDtypeStruct((ex.eval_batch,), jnp.int32)}
-            batch = shapes(data, ex.eval_batch) | index
-            jax.eval_shape(partial(eval_step, ex), *model, batch)
+        with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):  # can it be split so?
+            jax.eval_shape(plan.step, state, shapes(plan.train, ex.batch))
+            for data in plan.evals.values():
+                index = {"index": jax.ShapeDtypeStruct((ex.eval_batch,), jnp.int32)}
+                batch = shapes(data, ex.eval_batch) | index
+                jax.eval_shape(partial(eval_step, ex), *model, batch)
     except ValueError as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if Path(raised_in).is_relative_to(Path(__file__).parent):  # one of our components says so
@@ -259,7 +279,7 @@ def fit(
     grids = (every_eval, every_save, ex.steps_per_call)
     end = min(plan.steps, stop_at or plan.steps)
     call, feed = plan.compiled(), plan.feed()
-    evaluators = {split: Evaluator(ex, data, plan.mesh) for split, data in plan.evals.items()}
+    evaluators = plan.evaluators()
     step, offset = int(state.step), int(state.offset)
     first = step
     pending: list[tuple[int, Sums]] = []  # calls that the log has not seen: (first step, sums)

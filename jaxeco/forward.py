@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxeco import sharding
 from jaxeco.experiment import Experiment
 from jaxeco.metrics import Mean, Metric, expand
 from jaxeco.ranking import WholeSplit
@@ -33,6 +34,7 @@ def forward(
     """
     if ex.precision == "bfloat16":
         params, x = jax.tree.map(_bfloat16, (params, x))
+    params = sharding.gathered(ex.model, params)
     train = dropout_key is not None
     outputs, new = ex.model.apply(
         {"params": params, **variables},
