@@ -18,7 +18,7 @@ FLOORS = [
     ["experiment"],
     ["optim", "data", "models", "losses", "ranking"],
     ["metrics", "schedules"],
-    ["axes", "runtime", "trees"],
+    ["axes", "hosts", "runtime", "trees"],
     ["errors"],
 ]
 HEIGHT = {name: -floor for floor, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,73 @@
+"""What the processes of one run agree on; with one process, all of it is the identity.
+
+Values go through the coordination service of `jax.distributed`, from host to host: no device takes
+part, nothing is compiled. All processes must make the same calls in the same order. A thread other
+than the main one may do so, too, under names that only it uses.
+"""
+
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+_FOREVER_MS = 2**31 - 1  # 24 days: a process that is waited for may be preparing data
+_calls: Counter[str] = Counter()  # how often each name was used, so that every use has its own
+
+
+def count() -> int:
+    """How many processes the run has."""
+    return _state().num_processes if "jax" in sys.modules else 1
+
+
+def index() -> int:
+    """Which of them this is, from 0."""
+    return _state().process_id if "jax" in sys.modules else 0
+
+
+def first() -> bool:
+    """Whether this process writes and says what only one should."""
+    return index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when all processes have come here."""
+    if count() > 1:
+        _state().client.wait_at_barrier(_use(name), _FOREVER_MS)
+
+
+def from_first(value: Any, name: str = "value") -> Any:
+    """The first process's value, on all; what JSON can hold. Elsewhere `value` does not matter."""
+    if count() == 1:
+        return value
+    key = _use(name)
+    if first():
+        _state().client.key_value_set(key, json.dumps(value))
+    return json.loads(_state().client.blocking_key_value_get(key, _FOREVER_MS))
+
+
+def gather(value: Any, name: str = "values") -> list[Any]:
+    """The values of all processes, in their order, on all; what JSON can hold."""
+    if count() == 1:
+        return [value]
+    key = _use(name)
+    _state().client.key_value_set(f"{key}/{index()}", json.dumps(value))
+    _state().client.wait_at_barrier(key, _FOREVER_MS)
+    found = dict(_state().client.key_value_dir_get(f"{key}/"))
+    return [json.loads(found[f"{key}/{i}"]) for i in range(count())]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is up on any process."""
+    return any(gather(flag))
+
+
+def _use(name: str) -> str:
+    """A key for this use of the name: the same on all processes, and never used before."""
+    _calls[name] += 1
+    return f"jaxeco/{name}/{_calls[name]}"
+
+
+def _state() -> Any:
+    from jax._src import distributed  # orbax reaches the coordination service so, too
+
+    return distributed.global_state
