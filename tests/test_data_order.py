@@ -63,6 +63,72 @@ def test_every_example_is_equally_likely_at_every_position():
     assert stats.chi2.sf(statistic, (size - 1) ** 2) > 1e-3
 
 
+def splitmix64(seed, number):
+    """The generator as its authors print it, word by word."""
+    state = seed
+    for _ in range(number + 1):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+    z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def test_the_network_is_the_cipher_of_the_paper_on_plain_integers():
+    assert splitmix64(0, 0) == 0xE220A8397B1DCDAF  # the reference implementation's first word
+    size, a, b = 90, 10, 9
+    keys = np.random.Philox(key=[7, 1], counter=2**193).random_raw(8)
+
+    def cipher(m):
+        left, right = m % a, m // a
+        for j, key in enumerate(keys.tolist(), 1):
+            new = (left + splitmix64(key, right) // 2) % (a if j % 2 else b)
+            left, right = right, new
+        return a * right + left
+
+    got = order.network(7, 1, size, np.arange(size))
+    assert got.tolist() == [cipher(m) for m in range(size)]
+    walked = [m if (m := cipher(i)) < 87 else cipher(m) for i in range(87)]
+    assert max(walked) < 87  # bases 10 and 9 again, and one step of walking is enough
+    assert order.network(7, 1, 87, np.arange(87)).tolist() == walked
+    # The very numbers, far beyond what is sorted, so that no change can pass unseen.
+    assert order.indices(7, 3, 4, 10**9).tolist() == [764248903, 761370895, 713850286, 46385003]
+    assert order.SORTED == 2**24  # a change would give running experiments another order
+
+
+def test_the_network_is_a_bijection_for_every_size():
+    for size in [*range(1, 120), 2**10, 2**10 + 1, 99_991]:
+        got = order.network(3, size, size, np.arange(size))
+        assert got.dtype == np.int64
+        np.testing.assert_array_equal(np.sort(got), np.arange(size))
+
+
+def test_every_example_is_equally_likely_at_every_position_of_the_network():
+    size, epochs = 7, 3000
+    counts = np.zeros((size, size))
+    pairs = np.zeros((size, size))
+    for epoch in range(epochs):
+        got = order.network(11, epoch, size, np.arange(size))
+        counts[np.arange(size), got] += 1
+        pairs[got[2], got[3]] += 1  # neighbours know nothing of each other, but that they differ
+    statistic = ((counts - epochs / size) ** 2 / (epochs / size)).sum()
+    assert stats.chi2.sf(statistic, (size - 1) ** 2) > 1e-3
+    assert stats.chisquare(pairs[~np.eye(size, dtype=bool)]).pvalue > 1e-3
+    assert not pairs.diagonal().any()
+
+
+def test_orders_of_very_large_sets_cost_a_batch_and_are_uniform():
+    size, batch = 10**9, 2**16
+    got = order.indices(0, 5, batch, size)  # sorting them all would take minutes and 16 GB
+    assert len(set(got.tolist())) == batch
+    bins, digits = np.bincount(got * 64 // size, minlength=64), np.bincount(got % 61, minlength=61)
+    steps = np.bincount(np.diff(got) % size * 64 // size, minlength=64)
+    both = np.bincount(got[:-1] * 8 // size * 8 + got[1:] * 8 // size, minlength=64)
+    for counts in (bins, digits, steps, both):
+        assert stats.chisquare(counts).pvalue > 1e-3
+    other = order.indices(0, 5 + size // batch, batch, size)  # the same place in the next epoch
+    assert len(np.intersect1d(got, other)) < 40  # 4.3 are expected
+
+
 def test_the_shared_permutation_is_read_only():
     with pytest.raises(ValueError, match="read-only"):
         order.permutation(0, 0, 8)[0] = 1

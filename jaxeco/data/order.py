@@ -5,9 +5,63 @@ and the order does not depend on how many devices or reading threads there are. 
 of the *global* batch; whoever holds a part of it cuts that part out afterwards.
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
+
+# Up to this many examples an epoch's order is sorted as a whole: some seconds, 256 MiB.
+SORTED = 2**24
+_ROUNDS = 8
+
+
+def shuffled(seed: int, epoch: int, size: int, positions_B: np.ndarray) -> np.ndarray:
+    """What stands at some positions of an epoch's order of `size` examples; O(B) beyond SORTED.
+
+    Args:
+      seed, epoch: integers in [0, 2**64).
+      positions_B: i64[B], in [0, size).
+
+    Returns:
+      i64[B], in [0, size); over all positions, every example once. The same for ever.
+    """
+    if size <= SORTED:
+        return permutation(seed, epoch, size)[positions_B]
+    return network(seed, epoch, size, positions_B)
+
+
+def network(seed: int, epoch: int, size: int, positions_B: np.ndarray) -> np.ndarray:
+    """A permutation of [0, size), of which any value can be had alone.
+
+    The generalized Feistel cipher of Black & Rogaway 2002, "Ciphers with arbitrary finite domains"
+    (methods 2 and 3): a place is a pair of digits of bases a and b, whose product is `size` or just
+    above; each round adds to one digit a function of the other. What falls outside walks on along
+    its cycle until it is inside. A round's function is the word of SplitMix64 (Steele, Lea & Flood
+    2014, "Fast splittable pseudorandom number generators") that the digit numbers; its seed is one
+    of Philox's words under the key (seed, epoch), at a counter that nothing else uses.
+
+    Args and returns: as `shuffled`.
+    """
+    a = math.isqrt(size - 1) + 1
+    bases = np.array([a, -(-size // a)], np.uint64)
+    keys = _words(seed, epoch, _ROUNDS, counter=2**193)
+    values_B = np.asarray(positions_B).astype(np.uint64)
+    outside = np.ones(values_B.shape, bool)
+    while outside.any():
+        left, right = values_B[outside] % bases[0], values_B[outside] // bases[0]
+        for i, key in enumerate(keys):
+            left, right = right, (left + _splitmix(key, right)) % bases[i % 2]
+        values_B[outside] = bases[0] * right + left  # an even number of rounds: as they began
+        outside = values_B >= size
+    return values_B.astype(np.int64)
+
+
+def _splitmix(seed: np.uint64, number_B: np.ndarray) -> np.ndarray:
+    """Word `number` of SplitMix64's stream, from 0; halved, so that a digit can be added."""
+    z = seed + (number_B + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) >> np.uint64(1)
 
 
 # A handful, because several seeds may train side by side, each before and after an epoch's end.
@@ -86,8 +140,9 @@ def indices(seed: int, step: int, batch: int, size: int, stride: int = 1) -> np.
     if step < 0:
         raise ValueError(f"step: got {step}, expected at least 0")
     epoch, position = divmod(step, steps)
-    chosen = permutation(seed, epoch, examples)[position * batch : (position + 1) * batch]
-    return offset(seed, epoch, stride) + stride * chosen
+    positions_B = np.arange(position * batch, (position + 1) * batch)
+    chosen_B = shuffled(seed, epoch, examples, positions_B)
+    return offset(seed, epoch, stride) + stride * chosen_B
 
 
 def eval_steps(batch: int, size: int) -> int:
