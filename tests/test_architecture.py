@@ -13,12 +13,12 @@ FLOORS = [
     ["session", "command"],
     ["fit"],
     ["evaluate", "train", "pretrained"],
-    ["generate", "forward", "parallel", "checkpoint", "log", "plots", "folder", "interrupt"],
+    ["guard", "generate", "forward", "parallel", "checkpoint", "log", "plots", "folder", "interrupt"],
     ["config"],
     ["experiment"],
-    ["optim", "data", "models", "losses", "ranking"],
+    ["optim", "data", "models", "losses", "ranking", "ondisk"],
     ["metrics", "schedules"],
-    ["axes", "hosts", "runtime", "trees"],
+    ["axes", "hosts", "runtime", "storage", "trees"],
     ["errors"],
 ]
 HEIGHT = {name: -floor for floor, names in enumerate(FLOORS) for name in names}
@@ -67,8 +67,8 @@ def test_arrows_go_down_only() -> None:
     assert upward == []
 
 
-def test_only_checkpoint_knows_orbax() -> None:
-    assert {a for a, b in imports() if b.split(".")[0] == "orbax"} == {"jaxeco.checkpoint"}
+def test_only_ondisk_knows_orbax() -> None:
+    assert {a for a, b in imports() if b.split(".")[0] == "orbax"} == {"jaxeco.ondisk"}
 
 
 def modules_after(code: str) -> set[str]:

@@ -320,7 +320,7 @@ def test_a_newer_format_is_refused_by_name(tmp_path):
     write(tmp_path, 1)
     about = json.loads((tmp_path / "1" / "about.json").read_text())
     rewrite(tmp_path / "1", json.dumps(about | {"format": 99}))
-    with pytest.raises(UserError, match="has format 99, this jaxeco reads up to 1"):
+    with pytest.raises(UserError, match="has format 99, this jaxeco reads up to 2"):
         load(tmp_path)
 
 
