@@ -92,6 +92,48 @@ class MeshShape:
         return ",".join(f"{name}:{n}" for name, n in sizes.items() if n not in (None, 1))
 
 
+@dataclass(frozen=True)
+class Guard:
+    """What becomes of a step that goes bad; written skip, or rollback,factor:10,limit:3.
+
+    Attributes:
+      then: "skip": the step leaves all as it was, but counts; "rollback": the run returns to its
+        last checkpoint before it, and passes over the batches up to and with that of the bad step.
+      factor: a loss of so many times its running average is bad, too; None: only where the loss,
+        the gradient or the update is not finite.
+      limit: how often in a run; then the run ends, as it does without a guard.
+    """
+
+    then: Literal["skip", "rollback"]
+    factor: float | None = None
+    limit: int = 10
+
+    def __post_init__(self) -> None:
+        if self.then not in ("skip", "rollback"):
+            raise ValueError(f"{self.then!r}: expected skip or rollback")
+        if self.factor is not None and not 1 < self.factor < float("inf"):
+            raise ValueError(f"factor:{self.factor}: expected a number above 1")
+        if not _whole(self.limit):
+            raise ValueError(f"limit:{self.limit}: expected a whole number of at least 1")
+
+    @classmethod
+    def parse(cls, text: str) -> Guard:
+        """Reads "rollback,factor:10,limit:3"; raises ValueError where it cannot."""
+        then, *words = text.split(",")
+        kinds, options = {"factor": float, "limit": int}, {}
+        for word in words:
+            name, colon, value = word.strip().partition(":")
+            if not colon or name not in kinds or name in options:
+                raise ValueError(f"{word.strip()!r}: expected factor:10 or limit:3, each once")
+            options[name] = kinds[name](value)
+        return cls(then.strip(), **options)  # type: ignore[arg-type]  # it checks its fields
+
+    def __str__(self) -> str:
+        """As it is written."""
+        factor = "" if self.factor is None else f",factor:{self.factor:g}"
+        return f"{self.then}{factor},limit:{self.limit}"
+
+
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
@@ -126,6 +168,7 @@ class Experiment:
     batch: int  # examples per step, over all devices
     length: Epochs | Steps
     clip_norm: float | None = None  # longest gradient, as a global norm
+    guard: Guard | None = None  # against steps that go bad; None: a loss not finite ends the run
     grad_accum: int = 1  # micro-batches that one step's gradient is summed from
     precision: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass
 

@@ -2,7 +2,7 @@
 
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,18 +15,19 @@ import optax
 from jax.sharding import Mesh
 
 from jaxeco import parallel, sharding
-from jaxeco.checkpoint import Checkpoints
+from jaxeco.checkpoint import Checkpoints, load
 from jaxeco.data.dataset import Dataset
 from jaxeco.data.pipeline import Feed, fits
 from jaxeco.errors import RunFailed, UserError
 from jaxeco.evaluate import Evaluator, eval_step
 from jaxeco.experiment import Experiment
-from jaxeco.forward import Sums, predict, results, whole_split
+from jaxeco.forward import predict, results, whole_split
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log
 from jaxeco.optim import clip_by_global_norm
 from jaxeco.train import State, init, many_steps, train_step
 from jaxeco.trees import listed, map_named
+from jaxeco.watch import Watch
 
 if TYPE_CHECKING:
     from jaxeco.pretrained import Report
@@ -92,7 +93,7 @@ class Plan:
         return state.replace(params=params, opt_state=opt_state)
 
     @property
-    def step(self) -> Callable[[State, dict[str, Any]], tuple[State, Sums]]:
+    def step(self) -> Callable[[State, dict[str, Any]], tuple[State, dict[str, Any]]]:
         """(state, batch) -> (state, sums): the train step of this run, uncompiled."""
         return partial(train_step, self.ex, self.tx)
 
@@ -239,18 +240,22 @@ def check_text(ex: Experiment, train: Dataset, data: Dataset) -> None:
             raise UserError(f"{name} has another tokenizer than {data.name}: give it the same")
 
 
+Calls = list[tuple[int, dict[str, Any]]]  # the first step of each, and its steps' sums, [n, ...]
+
+
 class Diverged(RunFailed):
-    """The loss is not finite. `fit` adds the State that it came to.
+    """The loss is not finite, and no guard has an answer. `fit` adds the State that it came to.
 
     Attributes:
       step: steps taken when the loss was computed; a State of that step is suspect itself.
+      training: whether it was the loss of a step, not that of an evaluation.
     """
 
     state: State
 
-    def __init__(self, message: str, step: int) -> None:
+    def __init__(self, message: str, step: int, training: bool = False) -> None:
         super().__init__(message)
-        self.step = step
+        self.step, self.training = step, training
 
 
 def fit(
@@ -265,10 +270,11 @@ def fit(
 
     The run also ends where `stalled` says so. Evaluates, logs and saves on the way; the State that
     it returns has been saved. The host runs ahead of the device and reads a call's sums only when
-    the log, an evaluation or a checkpoint is due, so that the device never waits for it.
+    the log, an evaluation or a checkpoint is due, so that the device never waits for it. Where the
+    experiment's guard says so, it goes back to a checkpoint from before a bad step.
 
     Raises:
-      Diverged: the loss became NaN or infinite; the error holds the State.
+      Diverged: the loss became NaN or infinite, or the guard gives up; the error holds the State.
     """
     ex = plan.ex
     every_eval, every_save, every_log = (
@@ -280,15 +286,19 @@ def fit(
     end = min(plan.steps, stop_at or plan.steps)
     call, feed = plan.compiled(), plan.feed()
     evaluators = plan.evaluators()
+    watch = Watch(log, feed)
     step, offset = int(state.step), int(state.offset)
     first = step
-    pending: list[tuple[int, Sums]] = []  # calls that the log has not seen: (first step, sums)
+    pending: Calls = []  # those that the log has not seen
 
     def report() -> None:
         """Hands the log what the pending calls came to; waits for them."""
         if pending:
-            rate = ex.optimizer.learning_rate(step - 1, plan.steps)
-            log.train(step, mean_over(ex, pending) | {"learning_rate": rate})
+            calls = jax.device_get(pending)
+            for said in skipped(ex, calls):
+                log.warn(said)
+            rate = {"learning_rate": ex.optimizer.learning_rate(step - 1, plan.steps)}
+            log.train(step, mean_over(ex, calls) | watch.waiting() | rate)
             pending.clear()
 
     def evaluate() -> dict[str, float]:
@@ -313,37 +323,102 @@ def fit(
     def interrupted() -> bool:
         return interrupt.signal is not None
 
-    try:
+    with feed, watch:
         while True:
-            scores = {}
-            due = step and (step % every_eval == 0 or step >= end)
-            if due and not all(log.evaluated(step, split) for split in evaluators):
-                report()
-                scores = evaluate()
-            done = step >= end or interrupted() or (due and stalled(plan, log) is not None)
-            if done or scores or (step and step % every_save == 0):
-                report()  # so that no State is saved behind a loss that is not finite
-                # an evaluation because of `stop_at` is no candidate for the best: another run,
-                # stopped elsewhere, would not have it
-                checkpoints.save(state, scores if on_grid(plan, step) else {}, step=step)
-                log.mark(step)
-            if done:
-                checkpoints.wait()
-                return state
-            n = min(end, *((step // grid + 1) * grid for grid in grids)) - step
-            state, sums = call(state, feed.resident, feed.fed(step + offset, n))
-            if step == first:  # rates count from here, when it is compiled and has run once
-                jax.block_until_ready(sums)
-                log.mark(step + n)
-            if pending and step // every_log > pending[0][0] // every_log:
-                report()  # of the calls before this one, on which the device is busy now
-            pending.append((step, sums))
-            step += n
-    except Diverged as error:
-        error.state = state
-        raise
-    finally:
-        feed.close()
+            try:
+                scores = {}
+                due = step and (step % every_eval == 0 or step >= end)
+                if due and not all(log.evaluated(step, split) for split in evaluators):
+                    report()
+                    scores = evaluate()
+                    watch.compiled("an evaluation", step)
+                done = step >= end or interrupted() or (due and stalled(plan, log) is not None)
+                if done or scores or (step and step % every_save == 0):
+                    report()  # so that no State is saved behind a loss that is not finite
+                    # an evaluation because of `stop_at` is no candidate for the best: another run,
+                    # stopped elsewhere, would not have it
+                    checkpoints.save(state, scores if on_grid(plan, step) else {}, step=step)
+                    log.mark(step)
+                    watch.mark()
+                    watch.compiled("a checkpoint", step)
+                if done:
+                    checkpoints.wait()
+                    return state
+                n = min(end, *((step // grid + 1) * grid for grid in grids)) - step
+                state, sums = call(state, feed.resident, watch.fed(step + offset, n))
+                watch.called(step, n, sums)
+                if step == first:  # rates count from here, when it is compiled and has run once
+                    jax.block_until_ready(sums)
+                    log.mark(step + n)
+                    watch.mark()
+                if pending and step // every_log > pending[0][0] // every_log:
+                    report()  # of the calls before this one, on which the device is busy now
+                    watch.compiled("a line of the log", step)
+                pending.append((step, sums))
+                step += n
+            except Diverged as error:
+                error.state = state
+                back = way_back(plan, error)
+            else:
+                continue
+            del state  # there may be no room for two
+            state = returned(plan, checkpoints, log, back)
+            pending.clear()
+            step, offset = int(state.step), int(state.offset)
+            first = step
+
+
+@dataclass(frozen=True)
+class Back:
+    """Where a roll-back leads."""
+
+    why: str
+    bad: int  # steps taken before the bad one
+    step: int  # the last one before it at which this run saves, wherever it is stopped
+    offset: int  # of the batches from there on
+    count: int  # roll-backs, with this one
+
+
+def way_back(plan: Plan, error: Diverged) -> Back:
+    """Where the guard has the run go on from; raises `error` if there is no guard, or no more.
+
+    A function of the step, so that a run that was interrupted on the way goes back as far as one
+    that was not.
+    """
+    ex = plan.ex
+    guard, record, bad = ex.guard, error.state.guard, error.step
+    if guard is None or record is None or guard.then != "rollback" or not error.training:
+        raise error
+    if int(record.count) >= guard.limit:
+        error.args = (f"{error}, after {guard.limit} roll-backs",)
+        raise error
+    saves = [ex.save_every] + [ex.eval_every] * bool(plan.evals)
+    step = max(bad - bad % every.steps(plan.steps_per_epoch) for every in saves)
+    offset = int(error.state.offset) + bad - step + 1
+    return Back(str(error), bad, step, offset, int(record.count) + 1)
+
+
+def returned(plan: Plan, checkpoints: Checkpoints, log: Log, back: Back) -> State:
+    """The State that a run goes on from after a roll-back; the log forgets what came after it."""
+    checkpoints.wait()
+    there = [step for step in checkpoints.steps() if step <= back.bad]
+    step = back.step if back.step in there or back.step == 0 else max(there, default=0)
+    if step == 0:
+        state = plan.start()
+    else:
+        state = load(checkpoints.folder, plan.abstract_state(), which=step).state
+    log.rewind(step)
+    batches = f"batches of steps {step + 1:,} to {back.bad + 1:,}"
+    log.warn(f"{back.why}: back to step {step:,}, without the {batches} (roll-back {back.count})")
+    if step != back.step:
+        log.warn(f"checkpoint {back.step} is gone: the run is not the one it would have been")
+    offset = back.offset + back.step - step
+    return state.replace(
+        offset=jax.device_put(np.int32(offset), state.offset.sharding),
+        guard=state.guard.replace(
+            count=jax.device_put(np.int32(back.count), state.guard.count.sharding)
+        ),
+    )
 
 
 def chosen_first(ex: Experiment, split: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -373,18 +448,40 @@ def stalled(plan: Plan, log: Log) -> int | None:
     return steps[best] if len(steps) - 1 - best >= ex.patience else None
 
 
-def mean_over(ex: Experiment, calls: list[tuple[int, Sums]]) -> dict[str, Any]:
-    """Each metric over some calls; waits for the device. `calls`: (first step, sums [n, ...]).
+def skipped(ex: Experiment, calls: Calls) -> Iterator[str]:
+    """What is to be said of steps that the guard has skipped.
 
     Raises:
-      Diverged: a step's loss is not finite.
+      Diverged: a step went bad, and there is no guard that skips it, or its limit is passed.
     """
+    guard = ex.guard
+    for first, sums in calls:
+        loss_n, verdict = sums["loss"].total, sums.get("guard")
+        bad_n = ~np.isfinite(loss_n) if verdict is None else verdict.bad
+        for i in np.flatnonzero(bad_n):
+            why = f"the loss is {loss_n[i] / (sums['loss'].weight[i] or 1):.6g}"
+            if verdict is not None and not np.isfinite(verdict.gradient_norm[i]):
+                why += f", the gradient's norm {verdict.gradient_norm[i]}"
+            why += f" at step {first + i + 1}"
+            if verdict is None or guard is None or guard.then != "skip":
+                raise Diverged(why, first + int(i), training=True)
+            if verdict.count[i] > guard.limit:
+                raise Diverged(f"{why}, after {guard.limit} skipped steps", first + int(i))
+            yield f"{why}: skipped ({verdict.count[i]} of at most {guard.limit})"
+
+
+def mean_over(ex: Experiment, calls: Calls) -> dict[str, Any]:
+    """Each metric over some calls on the host, but for skipped steps; and what the guard counts."""
     totals: Any = None
-    for first, sums in jax.device_get(calls):
-        losses_n = sums["loss"].total
-        if not np.isfinite(losses_n).all():
-            bad = int(np.argmin(np.isfinite(losses_n)))
-            raise Diverged(f"the loss is {losses_n[bad]} at step {first + bad + 1}", first + bad)
+    said: dict[str, Any] = {}
+    for _, sums in calls:
+        if ex.guard:
+            verdict = sums["guard"]
+            good_n = ~verdict.bad
+            means = {name: mean for name, mean in sums.items() if name != "guard"}
+            sums = jax.tree.map(lambda a, good_n=good_n: a[good_n], means)
+            name = "skipped" if ex.guard.then == "skip" else "rolled_back"
+            said = {name: int(verdict.count[-1])}
         sums = jax.tree.map(lambda a: np.sum(a, axis=0, dtype=np.float64), sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-    return results(ex, totals)
+    return results(ex, totals) | said

@@ -101,6 +101,18 @@ class Log:
         self._mark = (step, now)
         self._start = self._start or self._mark
 
+    def rewind(self, step: int) -> None:
+        """Forgets what is on record beyond `step`, from where the run goes on."""
+        self._file.close()
+        with self._writing():
+            _cut(self.path, step)
+            self._file = self.path.open("a", encoding="utf-8")
+        self._scalars = {at: found for at, found in self._scalars.items() if at[0] <= step}
+        if self._events is not None:
+            self._events.close()
+            self._events = _events(self.path.parent / "tensorboard", step, True)
+        self._mark = self._start = None
+
     def train(self, step: int, values: Mapping[str, Any]) -> None:
         """Records what training has come to: `values` averaged over the steps since the last call.
 

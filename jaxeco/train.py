@@ -19,6 +19,7 @@ from jaxeco.data.image import augmented
 from jaxeco.data.pipeline import assemble
 from jaxeco.experiment import Experiment
 from jaxeco.forward import Sums, forward, measure, preprocess
+from jaxeco.guard import Record, judged
 
 
 class State(struct.PyTreeNode):
@@ -30,6 +31,7 @@ class State(struct.PyTreeNode):
     variables: Any  # the model's other collections, such as batch statistics
     opt_state: Any
     key: jax.Array  # the run's random key; step t draws from fold_in(key, t)
+    guard: Any = None  # a Record, where the experiment has a guard
 
 
 def init(
@@ -39,15 +41,16 @@ def init(
     init_key, run_key = jax.random.split(key)
     variables = ex.model.init(init_key, preprocess(ex, batch)["x"], train=False)
     params = variables.pop("params")
-    return State(jnp.int32(0), jnp.int32(0), params, variables, tx.init(params), run_key)
+    record = Record.start() if ex.guard else None
+    return State(jnp.int32(0), jnp.int32(0), params, variables, tx.init(params), run_key, record)
 
 
 def many_steps(
-    step: Callable[[State, dict[str, Any]], tuple[State, Sums]],
+    step: Callable[[State, dict[str, Any]], tuple[State, dict[str, Any]]],
     state: State,
     resident: Any,
     fed_n: Any,
-) -> tuple[State, Sums]:
+) -> tuple[State, dict[str, Any]]:
     """n steps in one call; returns the last State and the sums of each step, [n, ...]."""
     first = jax.tree.map(lambda a: a[0], fed_n)
     if len(jax.tree.leaves(fed_n)[0]) == 1:  # no loop: XLA's convolutions are slower inside one
@@ -58,15 +61,30 @@ def many_steps(
 
 def train_step(
     ex: Experiment, tx: optax.GradientTransformation, state: State, batch: dict[str, Any]
-) -> tuple[State, Sums]:
+) -> tuple[State, dict[str, Any]]:
     """One step of training. Pure; `parallel` compiles this same function in three ways.
 
     Args:
       batch: "x", "y", "mask" of B examples: all, or inside shard_map and pmap one device's share.
 
     Returns:
-      the next State, and the batch's loss and metrics as sums and weights.
+      the next State, and the batch's loss and metrics as sums and weights; with a guard also its
+      `Verdict`, as "guard".
     """
+    variables, sums, grads = gradient(ex, state, batch)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    after = state.replace(
+        step=state.step + 1, params=params, variables=variables, opt_state=opt_state
+    )
+    if ex.guard:
+        after, verdict = judged(ex.guard, state, after, sums["loss"], grads, updates)
+        return after, {**sums, "guard": verdict}
+    return after, sums
+
+
+def gradient(ex: Experiment, state: State, batch: dict[str, Any]) -> tuple[Any, Sums, Any]:
+    """The model's other variables after a batch, its sums, and the gradient of its mean loss."""
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
     batch = preprocess(ex, batch)
     batch = augmented(ex.augment, axes.example_keys(augment_key, len(batch["mask"])), batch)
@@ -74,13 +92,7 @@ def train_step(
     sums, grads = axes.global_sum((sums, grads))
     weight = sums["loss"].weight
     weight = jnp.where(weight > 0, weight, 1)  # where nothing counts, the gradient is 0
-    grads = jax.tree.map(lambda g: g / weight, grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    after = state.replace(
-        step=state.step + 1, params=params, variables=variables, opt_state=opt_state
-    )
-    return after, sums
+    return variables, sums, jax.tree.map(lambda g: g / weight, grads)
 
 
 def accumulated_grads(

@@ -12,8 +12,9 @@ FLOORS = [
     ["run", "weights", "sample", "doctor", "verify"],
     ["session", "command"],
     ["fit"],
-    ["evaluate", "train", "pretrained"],
-    ["guard", "generate", "forward", "parallel", "checkpoint", "log", "plots", "folder", "interrupt"],
+    ["evaluate", "train", "pretrained", "watch"],
+    ["cluster", "guard", "generate", "forward", "parallel", "checkpoint", "log", "plots"]
+    + ["folder", "interrupt"],
     ["config"],
     ["experiment"],
     ["optim", "data", "models", "losses", "ranking", "ondisk"],
