@@ -1,6 +1,13 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +21,7 @@ from jaxeco.data import order
 from jaxeco.data.dataset import Column, Dataset
 from jaxeco.data.pipeline import _THREADS as THREADS
 from jaxeco.data.pipeline import Feed, assemble, fits
-from jaxeco.errors import UserError
+from jaxeco.errors import RunFailed, UserError
 
 
 class OnDemand:
@@ -214,6 +221,88 @@ def test_streaming_decodes_the_rows_of_its_share_once_and_no_others():
 def test_a_share_that_is_no_part_of_the_batch_is_an_error(share):
     with pytest.raises(ValueError, match=r"share: got .*, expected ascending positions in 0 to 7"):
         Feed.training(dataset(20), 8, seed=0, resident=False, share=np.array(share, int))
+
+
+def processes():
+    return [child for child in multiprocessing.active_children() if "grain" in child.name]
+
+
+def test_processes_give_the_batches_that_threads_give_and_fail_as_they_do(tmp_path):
+    x, y = values(40)
+    records = Counting(40)
+    fields = {"x": Column(records, "x", x.shape, x.dtype), "y": memmapped(tmp_path)(y / 3)}
+    data, share = Dataset(fields, (), "mixed", "mixed"), np.array([0, 2, 3])
+    with (
+        Feed.training(data, 4, seed=6, resident=False, share=share) as threads,
+        Feed.training(data, 4, seed=6, resident=False, share=share, workers=2) as feed,
+    ):
+        for step, n in ((0, 3), (3, 2), (5, 1)):
+            assert_same(feed.fed(step, n), threads.fed(step, n))
+        assert len(processes()) == 2
+        killed = processes()[0]
+        os.kill(killed.pid, signal.SIGTERM)  # not theirs to answer
+        assert_same(feed.fed(6), threads.fed(6))
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.join()
+        begun = time.monotonic()
+        with pytest.raises(RunFailed, match=r"read_workers=2.* exit code -9.*memory") as caught:
+            for step in range(7, 100):
+                feed.fed(step)
+        assert time.monotonic() - begun < 20 and "\n" not in str(caught.value)
+    assert not processes()
+
+
+class Odd(Exception):
+    """Cannot be pickled: sent as it is, it would never arrive."""
+
+    def __init__(self, one, other):
+        self.lock = threading.Lock()
+
+
+def test_an_error_in_a_process_is_the_users_or_keeps_its_traceback():
+    class Damaged:
+        def read(self, rows):
+            if 6 in rows:
+                raise Odd(1, 2)
+            if 7 in rows:
+                raise UserError("example 7 is damaged")
+            return {"x": rows}
+
+    data = Dataset({"x": Column(Damaged(), "x", (9,), np.dtype(int))}, (), "damaged", "damaged")
+    with Feed.evaluation(data, 1, resident=False, workers=1) as feed:
+        assert [feed.fed(step)["x"].item() for step in range(6)] == list(range(6))
+        with pytest.raises(RuntimeError, match=r"(?s)line \d+, in read\n.*raise Odd\(1, 2\)"):
+            feed.fed(6)
+        with pytest.raises(UserError, match=r"^example 7 is damaged$"):
+            feed.fed(7)
+    assert not processes()
+
+
+def test_reading_processes_end_with_a_run_that_is_killed(tmp_path):
+    script = """
+import multiprocessing, os, signal, sys
+from jaxeco.data import ArrayRecords, Feed, write_records
+write_records(sys.argv[1], ({"x": i} for i in range(64)))
+feed = Feed.training(ArrayRecords(sys.argv[1]).open(), 4, seed=0, resident=False, workers=2)
+feed.fed(0)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "records"], capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    pids = [int(pid) for pid in killed.stdout.split()]
+    assert len(pids) == 2
+
+    def alive(pid):
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    deadline = time.monotonic() + 20
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, pids))
 
 
 def test_threads_end_with_the_feed():

@@ -4,6 +4,7 @@ from jaxeco.data.dataset import Dataset, Source
 from jaxeco.data.image import Crop, Cutout, Flip, Normalize, augmented
 from jaxeco.data.numbers import NumberWords
 from jaxeco.data.pipeline import Feed, assemble, fits
+from jaxeco.data.records import ArrayRecords, write_records
 from jaxeco.data.sources import Arrays, Digits, ImageFolder
 from jaxeco.data.text import (
     Documents,
@@ -40,6 +41,7 @@ __all__ = [
     "MASK",
     "PAD",
     "SEPARATOR",
+    "ArrayRecords",
     "Arrays",
     "Bpe",
     "Bytes",
@@ -75,4 +77,5 @@ __all__ = [
     "augmented",
     "fits",
     "load_tokenizer",
+    "write_records",
 ]

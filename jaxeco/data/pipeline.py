@@ -1,8 +1,9 @@
 """From a data set to batches, by step, in one of two ways that differ only in speed and memory.
 
 Resident: all examples lie decoded on the device, and a step is fed nothing but rows. Streaming:
-threads decode batches ahead of the step that wants them. The batches are the same, bit for bit, and
-either way a batch is a function of the step alone: nothing to save, nothing to skip.
+threads, or processes where decoding is Python's work, make batches ahead of the step that wants
+them. The batches are the same, bit for bit, and either way a batch is a function of the step alone:
+nothing to save, nothing to skip.
 
     with Feed.training(dataset, batch=256, seed=0, resident=True, place=place) as feed:
         fed = feed.fed(step, n)                      # numpy, [n, S, ...], for a scan over n steps
@@ -14,8 +15,14 @@ change it, nor does a run that goes on with another number.
 """
 
 import os
-from collections.abc import Callable, Iterator
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -23,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeco.data import order
-from jaxeco.data.dataset import Dataset, read
+from jaxeco.data.dataset import Column, Dataset, Field, read
+from jaxeco.errors import RunFailed, UserError
 
 Fields = dict[str, np.ndarray]
 
@@ -64,27 +72,21 @@ class Feed:
         batch: int,
         steps: int,
         plan: Callable[[int], Fields],
+        how: "_How",
         *,
         ends: bool,
-        resident: bool,
-        place: Callable[[Any], Any],
-        share: np.ndarray | None,
     ):
         """Use the named constructors."""
         self.dataset, self.batch, self.steps = dataset, batch, steps
-        self.share = np.arange(batch) if share is None else np.asarray(share, np.int64)
-        ascending = np.array_equal(self.share, np.unique(self.share))
-        if not (ascending and len(self.share) and 0 <= self.share[0] <= self.share[-1] < batch):
-            raise ValueError(
-                f"share: got {share}, expected ascending positions in 0 to {batch - 1}"
-            )
+        self.share, self.workers = how.positions(batch), how.workers
         self._plan = plan
+        self._batches = _Batches(dataset.fields, plan, self.share)
         self._stop = steps if ends else 2**62
         self._reader: Any = None
         self._next = 0  # the step that the reader gives next
         self.resident = {}
-        if resident:
-            placed = place(_whole(dataset))
+        if how.resident:
+            placed = how.place(_whole(dataset))
             self.resident = jax.tree.map(lambda array: placed[id(array)], dict(dataset.fields))
 
     @classmethod
@@ -97,6 +99,7 @@ class Feed:
         resident: bool,
         place: Callable[[Any], Any] = jax.device_put,
         share: np.ndarray | None = None,
+        workers: int = 0,
     ) -> Self:
         """Shuffled batches without end; the remainder of an epoch is dropped (`order.indices`).
 
@@ -107,18 +110,15 @@ class Feed:
           resident: whether the examples lie on the device; see `fits`.
           place: puts a pytree of arrays there, once, e.g. replicated over a mesh.
           share: positions in the global batch that this process holds, ascending; None: all.
+          workers: processes that decode batches; 0: threads of this one do.
 
         Raises:
           ValueError: if the batch is larger than a pass, or the share is not a part of it.
         """
         steps = order.steps_per_epoch(batch, dataset.training_examples)
-
-        def plan(step: int) -> Fields:
-            return {"row": order.indices(seed, step, batch, len(dataset), dataset.stride)}
-
-        return cls(
-            dataset, batch, steps, plan, ends=False, resident=resident, place=place, share=share
-        )
+        plan = partial(_training_rows, seed, batch, len(dataset), dataset.stride)
+        how = _How(resident, place, share, workers)
+        return cls(dataset, batch, steps, plan, how, ends=False)
 
     @classmethod
     def evaluation(
@@ -129,26 +129,18 @@ class Feed:
         resident: bool,
         place: Callable[[Any], Any] = jax.device_put,
         share: np.ndarray | None = None,
+        workers: int = 0,
     ) -> Self:
         """Every example once, in order, in `steps` batches of one size; padding has mask 0.
 
         A batch also holds "index", i32[B]: which of the split's examples each is, from 0.
-        `share` is as in `training`.
+        `share` and `workers` are as in `training`.
         """
         size = dataset.eval_examples
-
-        def plan(step: int) -> Fields:
-            index, mask = order.eval_indices(step, batch, size)
-            return {
-                "row": index * dataset.stride,
-                "index": index.astype(np.int32),
-                "mask": mask,
-            }
-
+        plan = partial(_evaluation_rows, batch, size, dataset.stride)
         steps = order.eval_steps(batch, size)
-        return cls(
-            dataset, batch, steps, plan, ends=True, resident=resident, place=place, share=share
-        )
+        how = _How(resident, place, share, workers)
+        return cls(dataset, batch, steps, plan, how, ends=True)
 
     def plan(self, step: int) -> Fields:
         """Which examples the whole batch of a step consists of, whoever holds them; reads none.
@@ -168,18 +160,24 @@ class Feed:
         Raises:
           ValueError: if an evaluation has no such steps.
           UserError: whatever the source found wrong with an example.
+          RunFailed: a process that decodes came to an end.
         """
         if n < 1 or step < 0:
             raise ValueError(f"got step {step} and n {n}, expected at least 0 and 1")
         if step + n > self._stop:
             raise ValueError(f"got steps up to {step + n}, expected at most {self._stop} of them")
-        batches = [self._cut(step + i) for i in range(n)] if self.resident else self._read(step, n)
+        batches = (
+            [self._batches.cut(step + i) for i in range(n)]
+            if self.resident
+            else self._read(step, n)
+        )
         return {name: _host(np.stack([batch[name] for batch in batches])) for name in batches[0]}
 
     def close(self) -> None:
         """Tells the reading threads to end, once each is through with the batch it is at.
 
-        The feed may be used again and then starts new ones.
+        Reading processes have ended when this returns. The feed may be used again and then starts
+        new ones.
         """
         if self._reader is not None:
             self._reader.close()
@@ -194,7 +192,7 @@ class Feed:
     def _read(self, step: int, n: int) -> list[Fields]:
         if self._reader is None or self._next != step:
             self.close()
-            self._reader = self._start(step, ahead=max(n, _THREADS))
+            self._reader = self._start(step, ahead=max(n, _THREADS, 2 * self.workers))
         try:
             batches = [next(self._reader) for _ in range(n)]
         except BaseException:  # what the reader has lost is unknown now: begin afresh next time
@@ -203,21 +201,129 @@ class Feed:
         self._next = step + n
         return batches
 
-    def _start(self, step: int, ahead: int) -> Iterator[Fields]:
-        import grain  # takes more than a second, and only streaming wants it
+    def _start(self, step: int, ahead: int) -> Any:
+        columns = {k: f for k, f in self.dataset.fields.items() if isinstance(f, Column)}
+        if self.workers and columns:
+            return self._from_processes(step, ahead, columns)
+        return _ahead(self._batches, step, self._stop, _THREADS, ahead)
 
-        # An element is a step, so the place to resume at is simply where the range begins.
-        batches = grain.MapDataset.range(step, self._stop).map(self._gather)
-        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
-        return iter(batches.to_iter_dataset(options))
+    def _from_processes(
+        self, step: int, ahead: int, columns: Mapping[str, Field]
+    ) -> Generator[Fields, None, None]:
+        """Batches whose columns other processes decode; what need not be decoded stays here."""
+        rest = {name: f for name, f in self.dataset.fields.items() if name not in columns}
+        here = replace(self._batches, fields=rest)
+        there = partial(_told, replace(self._batches, fields=columns))
+        each = -(-ahead // self.workers)
+        found = None
+        try:
+            while True:
+                try:
+                    if found is None:
+                        found = _ahead(there, step, self._stop, 1, each, self.workers)
+                    values = next(found)
+                except Exception as error:  # none of the decoder's own, which come as values
+                    raise RunFailed(
+                        f"a process that decodes examples (read_workers={self.workers}) failed: "
+                        f"{type(error).__name__}: {' '.join(str(error).split())}; it may have been "
+                        "killed for want of memory, or of room in /dev/shm, or what decodes cannot "
+                        "be pickled; with read_workers=0 threads decode"
+                    ) from error
+                if isinstance(values, Exception):
+                    raise values
+                yield values | here(step)
+                step += 1
+        finally:
+            if found is not None:
+                found.close()
 
-    def _cut(self, step: int) -> Fields:
-        return {name: value[self.share] for name, value in self._plan(step).items()}
 
-    def _gather(self, step: int) -> Fields:
-        fed = self._cut(int(step))
-        examples = read(self.dataset.fields, fed.pop("row"))
+@dataclass(frozen=True)
+class _How:
+    """The settings that `Feed.training` and `Feed.evaluation` have in common."""
+
+    resident: bool
+    place: Callable[[Any], Any]
+    share: np.ndarray | None
+    workers: int
+
+    def positions(self, batch: int) -> np.ndarray:
+        share = np.arange(batch) if self.share is None else np.asarray(self.share, np.int64)
+        ascending = np.array_equal(share, np.unique(share))
+        if not (ascending and len(share) and 0 <= share[0] <= share[-1] < batch):
+            raise ValueError(
+                f"share: got {self.share}, expected ascending positions in 0 to {batch - 1}"
+            )
+        return share
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """A share of each batch, by step. Pure, and may be pickled as its fields may."""
+
+    fields: Mapping[str, Field]
+    plan: Callable[[int], Fields]
+    share: np.ndarray
+
+    def cut(self, step: int) -> Fields:
+        return {name: value[self.share] for name, value in self.plan(step).items()}
+
+    def __call__(self, step: int) -> Fields:
+        fed = self.cut(int(step))
+        examples = read(self.fields, fed.pop("row"))
         return {name: _host(value) for name, value in examples.items()} | fed
+
+
+def _training_rows(seed: int, batch: int, size: int, stride: int, step: int) -> Fields:
+    return {"row": order.indices(seed, step, batch, size, stride)}
+
+
+def _evaluation_rows(batch: int, size: int, stride: int, step: int) -> Fields:
+    index, mask = order.eval_indices(step, batch, size)
+    return {"row": index * stride, "index": index.astype(np.int32), "mask": mask}
+
+
+def _ahead(
+    batches: Callable[[int], Any], step: int, stop: int, threads: int, ahead: int, workers: int = 0
+) -> Any:
+    """An iterator over `batches` of steps, each made before it is asked for, in the same order."""
+    import grain  # takes more than a second, and only streaming wants it
+
+    # An element is a step, so the place to resume at is simply where the range begins.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    made = grain.MapDataset.range(step, stop).map(batches).to_iter_dataset(options)
+    if workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # grain asks them, and there are none of ours
+            flags.FLAGS.mark_as_parsed()
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+        made = made.mp_prefetch(processes, worker_init_fn=partial(_settle, os.getpid()))
+    return iter(made)
+
+
+def _settle(parent: int, *_: int) -> None:
+    """Makes a reading process one that only its parent ends, and that ends with it."""
+    jax.config.update("jax_platforms", "cpu")  # the devices are the run's
+    for asked in (signal.SIGINT, signal.SIGTERM):  # of the whole group: the run answers them
+        signal.signal(asked, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _told(batches: Callable[[int], Fields], step: int) -> Fields | Exception:
+    """A batch, or what went wrong: between processes only plain errors are sure to be pickled."""
+    try:
+        return batches(step)
+    except UserError as error:
+        return UserError(str(error))
+    except Exception:
+        return RuntimeError(f"in a process that decodes examples:\n{traceback.format_exc()}")
 
 
 def assemble(resident: dict[str, Any], fed: dict[str, Any]) -> dict[str, jax.Array]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from jaxeco.data import order
-from jaxeco.data.dataset import Dataset
+from jaxeco.data.dataset import Column, Dataset
+from jaxeco.data.records import decoded_image
 from jaxeco.errors import UserError
 
 _SPLIT = re.compile(r"(all|train|test)(?:\[(\d+%?)?:(\d+%?)?\])?")
@@ -231,9 +231,11 @@ class ImageFolder:
         part = _positions(self.split, len(dealt), train=len(dealt) * 4 // 5)
         chosen = sorted(dealt[i] for i in part)
         described = repr((self.image_size, self.channels, classes, chosen))
+        images = _ImageFiles([root / f.name for f in chosen], self.image_size, self.channels)
+        shape = self.image_size, self.image_size, self.channels
         return Dataset(
             fields={
-                "x": _ImageFiles([root / f.name for f in chosen], self.image_size, self.channels),
+                "x": Column(images, "x", (len(chosen), *shape), np.dtype(np.uint8)),
                 "y": np.array([file.label for file in chosen], np.int32),
             },
             classes=classes,
@@ -275,27 +277,19 @@ def _listing(root: Path) -> tuple[tuple[str, ...], list[_File]]:
 
 
 class _ImageFiles:
-    """uint8[N, size, size, channels], decoded when indexed. Safe to index from several threads."""
+    """uint8[N, size, size, channels] as a column, decoded when read, by any number of threads."""
 
     def __init__(self, paths: list[Path], size: int, channels: int):
-        self._paths = paths
-        self.shape = (len(paths), size, size, channels)
-        self.dtype = np.dtype(np.uint8)
+        self._paths, self._size, self._channels = paths, size, channels
 
-    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        images = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        for image, i in zip(images, indices, strict=True):
-            image[...] = self._decode(self._paths[i])
-        return images
+    def read(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
+        images = np.empty((len(rows_B), self._size, self._size, self._channels), np.uint8)
+        for image, row in zip(images, rows_B, strict=True):
+            image[...] = self._decode(self._paths[row])
+        return {"x": images}
 
     def _decode(self, path: Path) -> np.ndarray:
-        _, size, _, channels = self.shape
         try:
-            with Image.open(path) as file:
-                if file.mode == "F" or file.mode.startswith("I"):
-                    raise ValueError("more than 8 bits per channel")
-                upright = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
-                square = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
+            return decoded_image(path, self._channels, self._size)
         except Exception as error:  # Pillow's decoders raise nearly everything on a damaged file
             raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from error
-        return np.asarray(square).reshape(size, size, channels)

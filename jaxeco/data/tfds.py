@@ -3,11 +3,9 @@
 B: examples asked for, H: height, W: width, C: channels.
 """
 
-import bisect
 import difflib
 import hashlib
 import io
-import itertools
 import json
 import os
 from collections import deque
@@ -20,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from jaxeco.data.cache import Layout, cached, progress
-from jaxeco.data.dataset import Dataset, Field
+from jaxeco.data.dataset import Column, Dataset, Field, read
 from jaxeco.data.prepare import prepare, without_tensorflow
+from jaxeco.data.records import Part, Shards
 from jaxeco.errors import UserError
 
 # A split that would be larger than this once decoded is not cached: its examples are decoded
@@ -36,7 +35,7 @@ class Tfds:
 
     The first use downloads and prepares it (tfds's own builder, array_record files), then decodes
     each split once into the cache; later uses map that. Splits beyond CACHE_BYTES are decoded on
-    demand instead, x and y each from the records.
+    demand instead.
 
     Attributes:
       name: as tfds spells it: "mnist", "cifar10:3.0.2", "emnist/balanced".
@@ -71,10 +70,7 @@ class Tfds:
             label = builder.info.features[self.y]
         prints = [(digest, start, stop) for _, digest, start, stop in selected]
         return Dataset(
-            fields={
-                key: _select([(fields[key], start, stop) for fields, _, start, stop in selected])
-                for key in ("x", "y")
-            },
+            fields=_select([(fields, start, stop) for fields, _, start, stop in selected]),
             classes=tuple(getattr(label, "names", ())),
             name=f"{title_of(builder)} {self.split} (tfds)",
             fingerprint=hashlib.blake2b(json.dumps(prints).encode(), digest_size=16).hexdigest(),
@@ -115,7 +111,7 @@ class Tfds:
         if int(np.prod(layout["x"][0], dtype=np.int64)) > CACHE_BYTES:
             known = described, [stat[:2] for stat in stats], options
             digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
-            return {key: _OnDemand(records, key, *spec) for key, spec in layout.items()}, digest
+            return {key: Column(records, key, *spec) for key, spec in layout.items()}, digest
         where = str(Path(builder.data_dir).resolve())
         key = hashlib.blake2b(json.dumps([where, options]).encode(), digest_size=4)
         name = f"{builder.info.full_name.replace('/', '-')}-{split}-{key.hexdigest()}"
@@ -124,29 +120,26 @@ class Tfds:
 
 
 class Records:
-    """The encoded examples of one whole split, by index."""
+    """The encoded examples of one whole split, by index; may be pickled."""
 
     def __init__(self, builder: Any, split: str):
-        from tensorflow_datasets import decode
-        from tensorflow_datasets.proto import tf_example_pb2
-
         self.title, self.split = title_of(builder), split
-        self.parse = tf_example_pb2.Example.FromString
-        self.files = builder.info.splits[split].file_instructions
-        try:
-            self.raw = builder.as_data_source(
-                split, deserialize_method=decode.DeserializeMethod.RAW_BYTES
-            ).data_source
-        except NotImplementedError as error:
-            kind = builder.info.file_format.value
+        kind = builder.info.file_format
+        if kind.value != "array_record":
             raise UserError(
-                f"{self.title} at {builder.data_dir} was prepared as {kind}, which has no random "
-                "access: remove that folder to have it prepared as array_record, or name another "
-                "data_dir"
-            ) from error
+                f"{self.title} at {builder.data_dir} was prepared as {kind.value}, which has no "
+                "random access: remove that folder to have it prepared as array_record, or name "
+                "another data_dir"
+            )
+        files = builder.info.splits[split].file_instructions
+        self.shards = Shards(
+            [Part(os.fspath(file.filename), file.skip, file.take) for file in files],
+            f"remove {builder.data_dir} to have it prepared again, or copy that file there anew",
+            f"{self.title} {split}: ",
+        )
 
     def __len__(self) -> int:
-        return sum(file.take for file in self.files)
+        return len(self.shards)
 
     def decoded(self, indices: Sequence[int], decode: Callable[[Any], Any]) -> Iterator[Any]:
         """`decode` of each example's features, {name: tf.train.Feature}.
@@ -154,25 +147,10 @@ class Records:
         Raises:
           UserError: a record cannot be read or decoded.
         """
-        try:
-            encoded = self.raw.__getitems__(indices) if indices else []
-        except Exception:  # which of them it was shows only when they are read one by one
-            encoded = [None] * len(indices)
-        for index, record in zip(indices, encoded, strict=True):
-            try:
-                value = decode(self.parse(record or self.raw[index]).features.feature)
-            except Exception as error:
-                raise UserError(self._damage(index, error)) from error
-            yield value
+        from tensorflow_datasets.proto import tf_example_pb2
 
-    def _damage(self, index: int, error: Exception) -> str:
-        ends = list(itertools.accumulate(file.take for file in self.files))
-        file = self.files[bisect.bisect_right(ends, index)].filename
-        return (
-            f"{self.title} {self.split}: record {index} is damaged, in {file} "
-            f"({type(error).__name__}: {' '.join(str(error).split())}); remove "
-            f"{os.path.dirname(file)} to have it prepared again, or copy that file there anew"
-        )
+        parse = tf_example_pb2.Example.FromString
+        return self.shards.decoded(indices, lambda record: decode(parse(record).features.feature))
 
 
 class _Records(Records):
@@ -228,51 +206,54 @@ class _Records(Records):
             return np.asarray(image).reshape(self.shape)
 
 
-@dataclass(frozen=True)
-class _OnDemand:
-    """One field of a split, decoded whenever it is indexed."""
-
-    records: _Records
-    key: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __getitem__(self, indices: np.ndarray, /) -> np.ndarray:
-        return self.records.read(np.asarray(indices))[self.key]
-
-
-@dataclass(frozen=True)
 class _Joined:
-    """Parts of fields, one after the other: (field, start, stop)."""
+    """Rows of several splits, one after another: (fields, start, stop) of each; may be pickled."""
 
-    parts: tuple[tuple[Field, int, int], ...]
+    def __init__(self, parts: Sequence[tuple[Mapping[str, Any], int, int]]):
+        self.parts = parts
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        count = sum(stop - start for _, start, stop in self.parts)
-        return (count, *self.parts[0][0].shape[1:])
+    def __getstate__(
+        self,
+    ) -> Any:  # of a memory map its name: pickled, it would be all that it maps
+        return [
+            ({key: getattr(field, "filename", field) for key, field in fields.items()}, *ends)
+            for fields, *ends in self.parts
+        ]
 
-    @property
-    def dtype(self) -> Any:
-        return self.parts[0][0].dtype
+    def __setstate__(self, parts: Any) -> None:
+        self.parts = [
+            (
+                {
+                    k: f if isinstance(f, Column) else np.load(f, mmap_mode="r")
+                    for k, f in d.items()
+                },
+                *ends,
+            )
+            for d, *ends in parts
+        ]
 
-    def __getitem__(self, indices: np.ndarray, /) -> np.ndarray:
-        indices = np.asarray(indices)
-        values = np.empty((*indices.shape, *self.shape[1:]), self.dtype)
+    def read(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
+        values: dict[str, np.ndarray] = {}
         first = 0
-        for field, start, stop in self.parts:
-            here = (first <= indices) & (indices < first + stop - start)
-            values[here] = field[indices[here] - first + start]
+        for fields, start, stop in self.parts:
+            here = (first <= rows_B) & (rows_B < first + stop - start)
+            for key, found in read(fields, rows_B[here] - first + start).items():
+                values.setdefault(key, np.empty((len(rows_B), *found.shape[1:]), found.dtype))
+                values[key][here] = found
             first += stop - start
         return values
 
 
-def _select(parts: list[tuple[Any, int, int]]) -> Field:
-    """The given parts as one field: a view of a memory map where there is only one."""
-    field, start, stop = parts[0]
-    if len(parts) == 1 and isinstance(field, np.ndarray):
-        return field[start:stop]
-    return _Joined(tuple(parts))
+def _select(parts: list[tuple[Mapping[str, Any], int, int]]) -> dict[str, Field]:
+    """The given parts as fields: views of memory maps where there is only one part."""
+    fields, start, stop = parts[0]
+    if len(parts) == 1 and all(isinstance(field, np.ndarray) for field in fields.values()):
+        return {key: field[start:stop] for key, field in fields.items()}
+    joined, count = _Joined(parts), sum(stop - start for _, start, stop in parts)
+    return {
+        key: Column(joined, key, (count, *field.shape[1:]), field.dtype)
+        for key, field in fields.items()
+    }
 
 
 def opened(
