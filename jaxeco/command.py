@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from jaxeco import runtime
+from jaxeco import cluster, hosts, runtime
 from jaxeco.errors import UserError
 
 
@@ -28,16 +28,29 @@ def start(main: Callable[[list[str]], int]) -> NoReturn:
     """Runs `main` on the words of the command line and exits with the status it returns.
 
     A UserError becomes one line on standard error and its own status; Ctrl-C, where nothing handles
-    it, status 130; any other exception is a bug and keeps its traceback.
+    it, status 130; any other exception is a bug and keeps its traceback. Several processes end
+    together (`jaxeco.cluster`).
     """
     runtime.configure()
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = _warn
+    said = ""
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = error.status
+        status, said = error.status, f"error: {error}"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+        status, said = 130, "interrupted"
+    except Exception as error:
+        if hosts.count() > 1:
+            cluster.crash(error)
+        raise
+    if hosts.count() > 1:
+        cluster.fail(said, status) if said else cluster.leave(status)
+    if said:
+        print(said, file=sys.stderr)
     sys.exit(status)
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    if hosts.first():
+        print(f"warning: {message}", file=sys.stderr)

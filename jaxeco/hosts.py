@@ -8,9 +8,12 @@ than the main one may do so, too, under names that only it uses.
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-_FOREVER_MS = 2**31 - 1  # 24 days: a process that is waited for may be preparing data
+from jaxeco.errors import RunFailed, UserError
+
+FOREVER_MS = 2**31 - 1  # 24 days: a process that is waited for may be preparing data
 _calls: Counter[str] = Counter()  # how often each name was used, so that every use has its own
 
 
@@ -32,27 +35,48 @@ def first() -> bool:
 def barrier(name: str) -> None:
     """Returns when all processes have come here."""
     if count() > 1:
-        _state().client.wait_at_barrier(_use(name), _FOREVER_MS)
+        client().wait_at_barrier(unique(name), FOREVER_MS)
 
 
 def from_first(value: Any, name: str = "value") -> Any:
     """The first process's value, on all; what JSON can hold. Elsewhere `value` does not matter."""
     if count() == 1:
         return value
-    key = _use(name)
+    key = unique(name)
     if first():
-        _state().client.key_value_set(key, json.dumps(value))
-    return json.loads(_state().client.blocking_key_value_get(key, _FOREVER_MS))
+        client().key_value_set(key, json.dumps(value))
+    return json.loads(client().blocking_key_value_get(key, FOREVER_MS))
+
+
+def led(action: Callable[[], Any], name: str = "led") -> Any:
+    """What `action` returns, done by the first alone; on all. What JSON can hold.
+
+    Raises:
+      UserError: the first's action has raised it; on all.
+    """
+    if count() == 1:
+        return action()
+    outcome: list[Any] = []
+    if first():
+        try:
+            outcome = [action()]
+        except UserError as error:
+            outcome = [isinstance(error, RunFailed), str(error)]
+    match from_first(outcome, name):
+        case [value]:
+            return value
+        case [failed, message]:
+            raise (RunFailed if failed else UserError)(message)
 
 
 def gather(value: Any, name: str = "values") -> list[Any]:
     """The values of all processes, in their order, on all; what JSON can hold."""
     if count() == 1:
         return [value]
-    key = _use(name)
-    _state().client.key_value_set(f"{key}/{index()}", json.dumps(value))
-    _state().client.wait_at_barrier(key, _FOREVER_MS)
-    found = dict(_state().client.key_value_dir_get(f"{key}/"))
+    key = unique(name)
+    client().key_value_set(f"{key}/{index()}", json.dumps(value))
+    client().wait_at_barrier(key, FOREVER_MS)
+    found = dict(client().key_value_dir_get(f"{key}/"))
     return [json.loads(found[f"{key}/{i}"]) for i in range(count())]
 
 
@@ -61,10 +85,15 @@ def any_of(flag: bool) -> bool:
     return any(gather(flag))
 
 
-def _use(name: str) -> str:
+def unique(name: str) -> str:
     """A key for this use of the name: the same on all processes, and never used before."""
     _calls[name] += 1
     return f"jaxeco/{name}/{_calls[name]}"
+
+
+def client() -> Any:
+    """Of the coordination service: keys and values, barriers, who is alive."""
+    return _state().client
 
 
 def _state() -> Any:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jaxeco import command, config
+from jaxeco import cluster, command, config
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -17,13 +17,14 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--steps", type=int, help="stop after this step; --resume goes on from there")
     add("--dry-run", action="store_true", help="show the resolved experiment and its cost only")
+    add("--multihost", action="store_true", help="one of a TPU pod's, SLURM's, Kubernetes' hosts")
+    add("--coordinator", metavar="HOST:PORT", help="or say where the first of them listens ...")
+    add("--process", metavar="I/N", help="... and which of how many this is, from 0")
+    add("--timeout", type=int, help=f"of a silent process, in s (default: {cluster.TIMEOUT})")
     add("-h", "--help", action="store_true", help="with FILE: the experiment's arguments")
+    own = ("--workdir=", "--steps=", "--coordinator=", "--process=", "--timeout=")
     for word in words:
-        if (
-            word.startswith("--")
-            and "=" in word
-            and not word.startswith(("--workdir=", "--steps="))
-        ):
+        if word.startswith("--") and "=" in word and not word.startswith(own):
             parser.error(f"{word}: arguments of the experiment are written {word.lstrip('-')}")
     options = parser.parse_intermixed_args(words)
     if options.help and options.file is None:
@@ -35,7 +36,25 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error(f"--steps {options.steps}: expected at least 1")
     if options.dry_run and (options.resume or options.steps or options.workdir):
         parser.error("--dry-run runs nothing: leave out --resume, --steps and --workdir")
+    if (options.coordinator is None) != (options.process is None):
+        parser.error("--coordinator HOST:PORT and --process I/N go together")
+    if options.multihost and options.coordinator is not None:
+        parser.error("--multihost finds out what --coordinator and --process say: leave out either")
+    if options.timeout is not None:
+        if not (options.multihost or options.coordinator):
+            parser.error("--timeout: of several processes; see --multihost and --coordinator")
+        if options.timeout < 5:
+            parser.error(f"--timeout {options.timeout}: expected at least 5 seconds")
     return options
+
+
+def join(options: argparse.Namespace) -> None:
+    """Makes this process one of several, if it is to be; before anything else of JAX."""
+    timeout = options.timeout or cluster.TIMEOUT
+    if options.multihost:
+        cluster.join(cluster.Place.detect(timeout), timeout)
+    if options.coordinator is not None:
+        cluster.join(cluster.Place.parse(options.coordinator, options.process), timeout)
 
 
 def main(words: list[str]) -> int:
@@ -44,6 +63,7 @@ def main(words: list[str]) -> int:
     if options.help:
         print(config.help_text(options.file))
         return 0
+    join(options)
     loaded = config.load(options.file, options.assignments)
     from jaxeco import session  # from here on JAX is awake
 

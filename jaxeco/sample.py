@@ -137,7 +137,7 @@ def _show(pieces: "Iterator[list[Piece]]", prompts: list[str], origin: str) -> i
                 page.add(row)
                 compiled = compiled if tokens else (sum(p.tokens for p in row), time.monotonic())
                 tokens += sum(piece.tokens for piece in row)
-                if interrupt.signal:
+                if interrupt.asked():
                     break
             page.close()
         except BrokenPipeError:  # nobody reads any more, as behind `| head`

@@ -1,7 +1,6 @@
 """The train step and the loop, by their properties."""
 
 import dataclasses
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +233,9 @@ class After(Interrupt):
     def __init__(self, times: int) -> None:
         self.times = times
 
-    @property
-    def signal(self) -> signal.Signals | None:  # type: ignore[override]
+    def asked(self) -> bool:
         self.times -= 1
-        return signal.SIGTERM if self.times < 0 else None
+        return self.times < 0
 
 
 @pytest.mark.parametrize("times", [1, 3, 5])  # in the first split, in the second, after both
