@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import jax
 
     from jaxeco.fit import Plan
+    from jaxeco.parallel import Function
     from jaxeco.train import State
 
 FAKE = 8  # devices that a CPU plays if it is alone
@@ -104,11 +105,17 @@ def compare(losses: np.ndarray, reference: np.ndarray, tolerance: float) -> tupl
     )
 
 
-def train(p: "Plan", state: "State", first: int, stop: int) -> tuple["State", np.ndarray]:
-    """The State after steps `first` to `stop`, and their losses, f64[stop - first]."""
+def train(
+    p: "Plan", call: "Function", state: "State", first: int, stop: int
+) -> tuple["State", np.ndarray]:
+    """The State after steps `first` to `stop`, and their losses, f64[stop - first].
+
+    Args:
+      call: as `p.compiled()` gives it; gives up `state`.
+    """
     import jax
 
-    call, feed, n, losses = p.compiled(), p.feed(), p.ex.steps_per_call, []
+    feed, n, losses = p.feed(), p.ex.steps_per_call, []
     try:
         for step in range(first, stop, n):
             state, sums = call(state, feed.resident, feed.fed(step, n))
@@ -137,17 +144,17 @@ def bits(state: "State") -> dict[str, np.ndarray]:
 
 
 def identical(what: str, found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> Row:
-    """A row that says which arrays differ in any bit."""
+    """A row that says which arrays, by name, differ in any bit."""
     assert found.keys() == wanted.keys()
     differ = [name for name in wanted if found[name].tobytes() != wanted[name].tobytes()]
     if not differ:
-        return Row(what, "ok", f"{len(wanted)} arrays, to the bit")
+        return Row(what, "ok", f"{sum(a.size for a in wanted.values()):,} numbers, to the bit")
     largest = max(
         np.max(np.abs(found[name].astype(np.float64) - wanted[name].astype(np.float64)))
         for name in differ
     )
-    text = f"{len(differ)} of {len(wanted)} arrays differ, by {largest:.1e} at most: {differ[0]}"
-    return Row(what, "failed", text)
+    more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+    return Row(what, "failed", f"{differ[0]}{more} differ, by {largest:.1e} at most")
 
 
 def resumed(ex: Experiment, devices: list["jax.Device"], steps: int, folder: Path) -> Iterator[Row]:
@@ -155,25 +162,24 @@ def resumed(ex: Experiment, devices: list["jax.Device"], steps: int, folder: Pat
     from jaxeco.checkpoint import Checkpoints
     from jaxeco.fit import plan
 
-    whole = plan(ex, devices)
-    final, losses = train(whole, whole.start(), 0, steps)
-    half, _ = train(whole, whole.start(), 0, steps // 2)
-    saved = bits(half)
-    again, alone = (
-        plan(ex, devices),
-        plan(replace(ex, parallel="jit", mesh=MeshShape()), devices[:1]),
-    )
+    p, half = plan(ex, devices), steps // 2
+    call = p.compiled()
+    final, losses = train(p, call, p.start(), 0, steps)
+    middle, _ = train(p, call, p.start(), 0, half)
+    saved = bits(middle)
+    alone = plan(replace(ex, parallel="jit", mesh=MeshShape()), devices[:1])
     with Checkpoints(folder, description={}) as checkpoints:
-        checkpoints.save(half)
+        checkpoints.save(middle)
         checkpoints.wait()
-        found = checkpoints.restore(again.abstract_state())
+        found = checkpoints.restore(p.abstract_state())
         elsewhere = checkpoints.restore(alone.abstract_state())
     if found is None or elsewhere is None:
         raise RunFailed("a checkpoint was saved, but is not there")
-    state, rest = train(again, found[0], steps // 2, steps)
+    state, rest = train(p, call, found[0], half, steps)
     yield identical("resumed = uninterrupted: State", bits(state), bits(final))
-    wanted = {"losses": losses[steps // 2 :]}
-    yield identical("resumed = uninterrupted: losses", {"losses": rest}, wanted)
+    names = [f"the loss of step {step + 1}" for step in range(half, steps)]
+    wanted = dict(zip(names, losses[half:], strict=True))
+    yield identical("resumed = uninterrupted: losses", dict(zip(names, rest, strict=True)), wanted)
     if len(devices) > 1:
         what = f"checkpoint of {len(devices)} devices, read on 1"
         yield identical(what, bits(elsewhere[0]), saved)
@@ -195,7 +201,8 @@ def streamed(ex: Experiment, devices: list["jax.Device"], steps: int) -> Row:
     stream = replace(held, ex=replace(held.ex, resident_gib=0.0)).feed()
     tried = [*range(steps), *range(held.steps_per_epoch - 1, held.steps_per_epoch + 2)]
     gather = jax.jit(assemble)
-    found, wanted = {}, {}
+    found: dict[str, np.ndarray] = {}
+    wanted: dict[str, np.ndarray] = {}
     try:
         for step in tried:
             for feed, into in ((stream, found), (resident, wanted)):
@@ -203,7 +210,8 @@ def streamed(ex: Experiment, devices: list["jax.Device"], steps: int) -> Row:
                 batch = jax.device_get(gather(feed.resident, fed))
                 into.update({f"{name} of step {step}": a for name, a in batch.items()})
     finally:
-        stream.close(), resident.close()
+        stream.close()
+        resident.close()
     return identical(what, found, wanted)
 
 
@@ -216,7 +224,7 @@ def many(
     from jaxeco.fit import plan
 
     one = plan(replace(ex, parallel="jit", mesh=MeshShape()), devices[:1])
-    state, reference = train(one, one.start(), 0, steps)
+    state, reference = train(one, one.compiled(), one.start(), 0, steps)
     model = jax.device_get((state.params, state.variables))
     for name, tried in layouts(ex, len(devices)):
         what = f"1 device = {len(devices)}: {name}"
@@ -226,7 +234,8 @@ def many(
         except UserError as error:
             yield Row(what, "not tried", str(error).splitlines()[0])
             continue
-        agree, text = compare(train(p, start, 0, steps)[1], reference, tolerance)
+        _, losses = train(p, p.compiled(), start, 0, steps)
+        agree, text = compare(losses, reference, tolerance)
         yield Row(what, "ok" if agree else "failed", text)
     alone = one.evaluators()
     p = plan(replace(ex, mesh=MeshShape(data=len(devices))), devices)
