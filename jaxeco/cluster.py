@@ -132,7 +132,7 @@ def call_roll(place: Place, timeout: float) -> None:
                 case {"process": int(i), "of": int(n)} if n != place.count:
                     verdict = f"process {i} was started as one of {n}, the first as one of"
                     verdict += f" {place.count}: give all the same N in --process I/N"
-                case {"process": int(i)} if i == 0 or i in there and _open(there[i]):
+                case {"process": int(i)} if i == 0 or (i in there and _open(there[i])):
                     verdict = f"two processes were started as --process {i}/{place.count}"
                 case {"process": int(i)}:
                     there[i] = caller

@@ -17,13 +17,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from jaxeco import hosts
 from jaxeco.config import Loaded, describe, load
 from jaxeco.errors import UserError
 
 RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"  # says who runs here
 TOKENIZER = "tokenizer.json"  # of a run on text
 PACKAGES = ("jaxeco", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def check(name: str, workdir: Path | None, resume: bool) -> None:
+    """Raises what `choose` raises, on all processes: to complain before the data is opened."""
+    hosts.led(lambda: str(choose(name, workdir, resume)))
 
 
 def choose(name: str, workdir: Path | None, resume: bool) -> Path:
@@ -54,7 +61,48 @@ def holds_run(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def claimed(name: str, workdir: Path | None, resume: bool) -> Iterator[Path]:
-    """Chooses the folder, makes it, and keeps other processes from running in it meanwhile."""
+    """Chooses the folder, makes it, and keeps other runs out of it meanwhile.
+
+    Of several processes the first does so, and the others are told which it is.
+
+    Raises:
+      UserError: as `choose` and `locked`; or a process does not see the folder.
+    """
+    with contextlib.ExitStack() as held:
+
+        def claim() -> list[str]:
+            folder = held.enter_context(_claimed(name, workdir, resume))
+            return [str(folder), str(folder.absolute())]
+
+        ours, absolute = hosts.led(claim)
+        folder = Path(ours if hosts.first() else absolute)
+        _check_shared(folder)
+        yield folder
+
+
+def _check_shared(folder: Path) -> None:
+    """Raises UserError, on all processes, unless all of them see the first's lock in the folder."""
+    expected = hosts.from_first(_text(folder / LOCK))
+    deadline = time.monotonic() + 10  # a network's file system may show a new file late
+    while (seen := _text(folder / LOCK) == expected) is False and time.monotonic() < deadline:
+        time.sleep(0.2)
+    everyone = enumerate(hosts.gather([seen, platform.node()]))
+    if blind := [f"process {i} on {node}" for i, (sees, node) in everyone if not sees]:
+        raise UserError(
+            f"{', '.join(blind)}: does not see {folder}, the run's folder that the first has made;"
+            " choose a --workdir on a file system that all hosts share"
+        )
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def _claimed(name: str, workdir: Path | None, resume: bool) -> Iterator[Path]:
     while True:
         folder = choose(name, workdir, resume)
         with locked(folder):
@@ -73,7 +121,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,6 +23,7 @@ from typing import Any, Self, TextIO
 
 import numpy as np
 
+from jaxeco import hosts
 from jaxeco.errors import UserError
 
 FILE = "metrics.jsonl"
@@ -31,6 +32,8 @@ WIDTH = 80  # columns that every line and table fits into, where its words allow
 
 class Log:
     """Records one run, and shows it. Use it as a context manager, or `close()` it.
+
+    Of several processes only the first writes and shows anything; what is on record, all know.
 
     On a terminal the progress is one live line; elsewhere, plain lines at most every two seconds.
 
@@ -65,15 +68,14 @@ class Log:
         self._total, self._unit, self._units = total_steps, unit, units
         self._examples = examples_per_step
         self._stream = sys.stdout if stream is None else stream
-        with self._writing():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            earlier = _cut(self.path, first_step)
-            self._file = self.path.open("a", encoding="utf-8")
-        self._began = time.monotonic() - max((line["time"] for line in earlier), default=0.0)
+        if not hosts.first():
+            self._stream, tensorboard = open(os.devnull, "w"), False
+        earlier = self._begin(first_step)
+        self._began = time.monotonic() - max((found["time"] for *_, found in earlier), default=0.0)
         self._events = _events(self.path.parent / "tensorboard", first_step, tensorboard)
         self._live = _Live(self._stream, total_steps) if _is_terminal(self._stream) else None
         # of every evaluation on record, by (step, split)
-        self._scalars = {(line["step"], line["split"]): _scalars(line) for line in earlier}
+        self._scalars = {(step, split): found for step, split, found in earlier}
         self._printed = -math.inf
         self._mark: tuple[int, float] | None = None  # where the present stretch of training began
         self._start: tuple[int, float] | None = None  # where training began, once compiled
@@ -104,9 +106,7 @@ class Log:
     def rewind(self, step: int) -> None:
         """Forgets what is on record beyond `step`, from where the run goes on."""
         self._file.close()
-        with self._writing():
-            _cut(self.path, step)
-            self._file = self.path.open("a", encoding="utf-8")
+        self._begin(step)
         self._scalars = {at: found for at, found in self._scalars.items() if at[0] <= step}
         if self._events is not None:
             self._events.close()
@@ -180,6 +180,21 @@ class Log:
             self._events = None
         with suppress(OSError):  # every line was flushed, and raised if it could not be
             self._file.close()
+
+    def _begin(self, step: int) -> list[tuple[int, str, dict[str, float]]]:
+        """Cuts the file at `step` and opens it; (step, split, scalars) of every line that stays."""
+
+        def cut() -> list[Any]:
+            with self._writing():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                lines = _cut(self.path, step)
+            return [(line["step"], line["split"], _scalars(line)) for line in lines]
+
+        kept = hosts.led(cut)
+        with self._writing():
+            path = self.path if hosts.first() else Path(os.devnull)
+            self._file = path.open("a", encoding="utf-8")
+        return kept
 
     def _write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         seconds = round(time.monotonic() - self._began, 3)

@@ -1,5 +1,7 @@
 """One session of a run, as a person sees it: summary, training, end table, pictures, result."""
 
+import json
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +13,11 @@ import jax
 import numpy as np
 
 from jaxeco import folder as folders
-from jaxeco import plots
+from jaxeco import hosts, parallel, plots
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.config import Loaded, describe, flatten
 from jaxeco.data.dataset import Dataset
+from jaxeco.errors import UserError
 from jaxeco.experiment import IDENTITY, Experiment
 from jaxeco.fit import Diverged, Plan, fingerprint, fit, plan, shapes, stalled
 from jaxeco.forward import predict
@@ -38,8 +41,9 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
       RunFailed: the loss became NaN or infinite.
     """
     ex = loaded.experiment
-    folders.choose(ex.name, workdir, resume)  # complains before the data is opened
+    folders.check(ex.name, workdir, resume)  # complains before the data is opened
     p = plan(ex)
+    check_alike(p, {"--resume": resume, "--steps": stop_at})
     with (
         folders.claimed(ex.name, workdir, resume) as folder,
         Checkpoints(
@@ -53,9 +57,11 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
         found = checkpoints.restore(p.abstract_state()) if resume else None
         reports: list[Report] = []
         state, first = found or (p.start(reports.append), 0)
-        notes = folders.record(folder, loaded, first_step=first, **environment(p))
-        if p.train.tokenizer:
-            p.train.tokenizer.save(folder / folders.TOKENIZER)
+        facts, notes = environment(p), []
+        if hosts.first():
+            notes = folders.record(folder, loaded, first_step=first, **facts)
+            if p.train.tokenizer:
+                p.train.tokenizer.save(folder / folders.TOKENIZER)
         with (
             Log(
                 folder,
@@ -79,10 +85,10 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
             step = int(state.step)
             if said := ending(p, first, step, interrupt, log):
                 log.note(said)
-            metrics = read_metrics(folder)
-            finish(p, step, metrics, folder, log)
-            if not interrupt.signal:
-                pictures(p, state, metrics, folder)
+            if hosts.first():
+                finish(p, step, read_metrics(folder), folder, log)
+            if not interrupt.asked():
+                pictures(p, state, folder)
     return interrupt.exit_status if interrupt.signal else 0
 
 
@@ -115,8 +121,27 @@ def identity(p: Plan) -> dict[str, Any]:
     return {name: resolved[name] for name in IDENTITY} | data
 
 
+def check_alike(p: Plan, words: dict[str, Any]) -> None:
+    """Raises UserError, on all processes, unless all have the same experiment, data and words.
+
+    Otherwise they would wait for each other where only some of them come.
+    """
+    data = {split: d.fingerprint for split, d in {"train": p.train, **p.evals}.items()}
+    ours = json.loads(json.dumps(flatten(describe(p.ex)) | words | {"data": data}))
+    theirs = hosts.from_first(ours)
+    differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    for i, names in enumerate(hosts.gather(differing)):
+        if names:
+            raise UserError(
+                f"process {i} of {hosts.count()} differs from the first in {', '.join(names[:8])}:"
+                " start all with the same words, the same files and the same data"
+            )
+
+
 def environment(p: Plan) -> dict[str, Any]:
+    """What a session ran on and with; all processes ask together."""
     return {
+        "hosts": hosts.gather(platform.node()),
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in p.mesh.devices.flat],
         "data": {
             name: {
@@ -229,9 +254,14 @@ def best(ex: Experiment, metrics: list[dict]) -> dict[str, float]:
     return {"step": step} | found
 
 
-def pictures(p: Plan, state: State, metrics: list[dict], folder: Path) -> None:
-    """Curves; of each split, if they were measured, a confusion matrix, ROC and PR; examples."""
-    plots.curves(metrics, folder / "curves.png")
+def pictures(p: Plan, state: State, folder: Path) -> None:
+    """Curves; of each split, if they were measured, a confusion matrix, ROC and PR; examples.
+
+    The first process draws, and all of them compute what it shows.
+    """
+    metrics = read_metrics(folder) if hosts.first() else []
+    if hosts.first():
+        plots.curves(metrics, folder / "curves.png")
     latest = {line["split"]: line for line in metrics}
     for i, (split, data) in enumerate(p.evals.items()):
         suffix = f"-{split}" if i else ""
@@ -240,7 +270,7 @@ def pictures(p: Plan, state: State, metrics: list[dict], folder: Path) -> None:
             ("roc_curve", "roc", plots.roc),
             ("pr_curve", "pr", plots.precision_recall),
         ):
-            if name in latest[split]:
+            if hosts.first() and name in latest[split]:
                 draw(np.array(latest[split][name]), data.classes, folder / f"{file}{suffix}.png")
         x = data.fields["x"] if "x" in data.fields else np.zeros(0)
         if len(x.shape) == 4 and x.shape[-1] in (1, 3) and data.classes:
@@ -250,9 +280,14 @@ def pictures(p: Plan, state: State, metrics: list[dict], folder: Path) -> None:
 def examples(p: Plan, state: State, data: Dataset, path: Path) -> None:
     """The first images of a split, with what the model makes of them."""
     batch = {name: field[np.arange(min(36, len(data)))] for name, field in data.fields.items()}
-    params, variables = jax.device_get((state.params, state.variables))
-    outputs_NxK = jax.jit(partial(predict, p.ex))(params, variables, batch)
-    chances_NxK = np.asarray(jax.nn.softmax(outputs_NxK))
+    whole = parallel.replicated(p.mesh)
+    model = (state.params, state.variables)
+    outputs_NxK = jax.jit(partial(predict, p.ex), out_shardings=whole)(
+        *model, parallel.place(batch, p.mesh)
+    )
+    if not hosts.first():
+        return
+    chances_NxK = np.asarray(jax.nn.softmax(np.asarray(outputs_NxK)))
     said_N, chance_N = chances_NxK.argmax(-1), chances_NxK.max(-1)
     truth_N = batch["y"] if batch["y"].ndim == 1 else batch["y"].argmax(-1)
     x_NxHxWxC = np.asarray(batch["x"], np.float32)  # as floats they are shown from black to white
