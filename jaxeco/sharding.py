@@ -87,8 +87,8 @@ def gathered(model: Any, params: Any) -> Any:
     """Parameters as a step uses them: what `fsdp` has split is whole again. To be traced.
 
     Stated for each parameter before its use, because XLA does not always sum the parts of gradients
-    where it is left to choose (openxla/xla#40034; tests/test_sharding.py has an example). What a
-    scan over layers stacks, under "blocks", is gathered inside it, one layer at a time.
+    where it is left to choose (openxla/xla#40034; tests/test_sharding.py has an example). Not so
+    what a scan over layers stacks, under "blocks": all layers would be whole at once.
     """
     sizes = axes.mesh_sizes()
     if sizes is None or sizes["fsdp"] == 1:

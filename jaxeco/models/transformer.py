@@ -12,12 +12,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxeco import axes
 from jaxeco.models.attention import Method, attend, layout, rotate, sinusoids
 from jaxeco.models.layers import Dropout, check_choice, check_count, check_rate, logits, product
 
 Norm = Literal["layer", "rms"]
 Positions = Literal["learned", "sinusoidal", "rotary"]
 MlpActivation = Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"]
+
+# What the axes of parameters are, by name, for meshes (`jaxeco.sharding`). As in Megatron (Shoeybi
+# et al. 2019), what the devices of a tensor axis have split after a branch's first matrices is summed
+# after its last one.
+LOGICAL_AXES = {
+    r"(.*/)?token_embed/embedding": ("vocab", "embed"),
+    r"(.*/)?position_embed/embedding": (None, "embed"),
+    r"(.*/)?(cross_)?(query|key|value)/kernel": ("embed", "heads"),
+    r"(.*/)?(cross_)?(query|key|value)/bias": ("heads",),
+    r"(.*/)?(cross_)?out/kernel": ("heads", "embed"),
+    r"(.*/)?(up|gate)/kernel": ("embed", "mlp"),
+    r"(.*/)?(up|gate)/bias": ("mlp",),
+    r"(.*/)?down/kernel": ("mlp", "embed"),
+    r"head/kernel": ("embed", "vocab"),
+}
+STREAM = ("batch", "sequence", None)  # [B, T, D], between blocks
 
 
 class Cache(NamedTuple):
@@ -153,6 +170,7 @@ class Block(Stack, kw_only=True):
         for branch, norm in branches:
             y = branch(self.normalise(norm, x_BxTxD) if self.norm_first else x_BxTxD)
             x_BxTxD = x_BxTxD + Dropout(self.dropout)(y, train=train)
+            x_BxTxD = axes.constrain(x_BxTxD, *STREAM)
             if not self.norm_first:
                 x_BxTxD = self.normalise(norm, x_BxTxD)
         return x_BxTxD, kv
@@ -172,7 +190,8 @@ class Block(Stack, kw_only=True):
         allowed = seen.memory_allowed_Bx1xM if name else seen.allowed_BxTxS
         if self.positions == "rotary" and not name:
             q, k = (rotate(a, seen.position_BxT, self.rotary_base) for a in (q, k))
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        q = axes.constrain(q, "batch", "sequence", "heads", None)
+        k, v = (axes.constrain(a.swapaxes(1, 2), "batch", "heads", None, None) for a in (k, v))
         if kv is not None:
             at = (0, 0, seen.first, 0)
             k, v = (jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(kv, (k, v)))
@@ -183,7 +202,7 @@ class Block(Stack, kw_only=True):
     def _mlp(self, x: jax.Array) -> jax.Array:
         gated = self.activation == "swiglu"
         width = self.mlp_width or (-(-self.width * 8 // 96) * 32 if gated else 4 * self.width)
-        h = self._linear("up", width)(x)
+        h = axes.constrain(self._linear("up", width)(x), "batch", "sequence", "mlp")
         h = jax.nn.silu(self._linear("gate", width)(x)) * h if gated else _activate(self, h)
         return self._linear("down", self.width, last=True)(h)
 
@@ -302,6 +321,7 @@ class Transformer(Stack, kw_only=True):
         )  # fmt: skip
         seen = Seen(position_BxT, allowed_BxTxS, first, memory_BxMxD, memory_allowed_Bx1xM)
         x_BxTxD = self.drop(self._embedded(tokens_BxT, position_BxT), train=train)
+        x_BxTxD = axes.constrain(x_BxTxD, *STREAM)
         kvs = [None] * self.layers if cache is None else list(zip(cache.keys, cache.values))
         if self.scan_layers:
             x_BxTxD, _ = self.blocks(x_BxTxD, seen, None, train)
@@ -358,6 +378,8 @@ class LanguageModel(nn.Module):
     transform: bool = False
     soft_cap: float | None = None
 
+    logical_axes = LOGICAL_AXES
+
     def __post_init__(self) -> None:
         if self.soft_cap is not None and not self.soft_cap > 0:
             raise ValueError(f"soft_cap={self.soft_cap}: expected a number above 0, or None")
@@ -398,6 +420,7 @@ class LanguageModel(nn.Module):
         if self.transform:
             x_BxTxD = self.norm(jax.nn.gelu(self.dense(x_BxTxD), approximate=False))
         out = logits(self.trunk.attend(x_BxTxD) if self.tied else self.head(x_BxTxD))
+        out = axes.constrain(out, "batch", "sequence", "vocab")
         if self.transform:
             out = out + self.bias
         return out if self.soft_cap is None else self.soft_cap * jnp.tanh(out / self.soft_cap)
@@ -415,6 +438,8 @@ class TextClassifier(nn.Module):
     num_classes: int
     pool: Literal["mean", "first", "last"] = "mean"
     dropout: float | jax.Array = 0.0
+
+    logical_axes = LOGICAL_AXES
 
     def __post_init__(self) -> None:
         check_count("num_classes", self.num_classes)
@@ -454,6 +479,8 @@ class EncoderDecoder(nn.Module):
 
     encoder: Transformer
     decoder: Transformer
+
+    logical_axes = LOGICAL_AXES
 
     @property
     def vocab_size(self) -> int:
