@@ -118,6 +118,7 @@ class Plan:
             resident=fits(self.train, self.ex.resident_bytes),
             place=partial(parallel.place, mesh=self.mesh),
             share=parallel.share(self.mesh, self.ex.batch),
+            workers=self.ex.read_workers,
         )
 
 
@@ -321,7 +322,7 @@ def fit(
         }
 
     def interrupted() -> bool:
-        return interrupt.signal is not None
+        return interrupt.asked()
 
     with feed, watch:
         while True:
@@ -363,6 +364,7 @@ def fit(
                 continue
             del state  # there may be no room for two
             state = returned(plan, checkpoints, log, back)
+            watch.compiled(f"roll-back {back.count}", back.step)
             pending.clear()
             step, offset = int(state.step), int(state.offset)
             first = step

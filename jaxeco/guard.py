@@ -51,8 +51,8 @@ def judged(
     """
     record, weighs = before.guard, loss.weight > 0
     value = loss.total / jnp.where(weighs, loss.weight, 1)
-    norm = optax.global_norm(grads)
-    bad = ~(jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates)))
+    norm = optax.tree.norm(grads)
+    bad = ~(jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates)))
     if guard.factor is not None:
         highest = record.loss + (guard.factor - 1) * jnp.abs(record.loss)
         bad |= (record.steps > 0) & (value > highest)
