@@ -17,8 +17,9 @@ import logging
 import os
 import queue
 import shutil
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,12 +45,23 @@ class NeedsTensorFlow(AttributeError):
     """A builder asked the stand-in for something that it does not have."""
 
 
+class NeedsBeam(Exception):
+    """A builder uses Apache Beam, and nobody has said how it is to run."""
+
+
+class _NoBeam:
+    """Stands for the options of a pipeline that must not start by itself: some take weeks."""
+
+    def view_as(self, kind: type) -> Any:
+        raise NeedsBeam
+
+
 class _StandIn(SimpleNamespace):
     def __getattr__(self, name: str) -> Any:
         raise NeedsTensorFlow(f"its builder needs TensorFlow's `{name}`")
 
 
-def _tensorflow() -> _StandIn:
+def stand_in() -> _StandIn:
     """The part of TensorFlow's interface that image builders use, in Python and PIL."""
     from PIL import Image
 
@@ -113,7 +125,7 @@ def without_tensorflow() -> Iterator[None]:
     with _one_at_a_time:
         lazy = vars(lazy_imports_utils.tensorflow)
         before = lazy.get("_module"), downloader.MAX_RETRIES, tqdm_utils._active, absl.level
-        lazy["_module"] = _tensorflow()
+        lazy["_module"] = stand_in()
         downloader.MAX_RETRIES = 0
         tqdm_utils._active = False
         absl.setLevel(logging.ERROR)
@@ -126,13 +138,18 @@ def without_tensorflow() -> Iterator[None]:
                 del lazy["_module"]
 
 
-def prepare(builder: Any) -> None:
+def prepare(builder: Any, beam: Sequence[str] | None = None) -> None:
     """Downloads a data set and writes it as array_record; call it within `without_tensorflow`.
+
+    Args:
+      builder: of tfds.
+      beam: options of Apache Beam's pipeline, such as "--runner=DirectRunner", for a builder that
+        uses it. Its workers are given the stand-in, too.
 
     Raises:
       UserError: no network, a download that broke off, a wrong checksum, a damaged archive, no
-        space or no permission, or a builder that needs more than the stand-in has. Whatever
-        could be taken for good by a second attempt is removed.
+        space or no permission, a builder that needs more than the stand-in has, or Apache Beam
+        where `beam` is None. Whatever could be taken for good by a second attempt is removed.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import download_manager, extractor
@@ -157,13 +174,19 @@ def prepare(builder: Any) -> None:
         downloads.mkdir(parents=True, exist_ok=True)
         with locked(downloads / f"{builder.info.full_name.replace('/', '-')}.lock"):
             if not folder.exists():
-                config = tfds.download.DownloadConfig(try_download_gcs=False)
+                config = tfds.download.DownloadConfig(
+                    try_download_gcs=False, beam_options=_beam_options(beam)
+                )
                 builder.download_and_prepare(download_config=config, file_format="array_record")
     except UserError:
         raise
+    except NeedsBeam as error:
+        raise UserError(_by_beam(builder.info.full_name, what, instead)) from error
     except download_manager.NonMatchingChecksumError as error:  # of a file put there by hand
         raise UserError(_line(str(error).rpartition("\nTo debug")[0])) from error
     except ImportError as error:
+        if error.name == "apache_beam":
+            raise UserError(_by_beam(builder.info.full_name, what, instead)) from error
         raise UserError(f"{what}: it needs `pip install {error.name}`, {instead}") from error
     except OSError as error:
         raise UserError(f"{what} in {root}: {_line(str(error))}") from error
@@ -180,6 +203,27 @@ def prepare(builder: Any) -> None:
         fetch.forget(str(error))
         message = f"its builder failed with {type(error).__name__}: {_line(str(error))}"
         raise UserError(f"{what}: {message}; {instead}") from error
+
+
+def _by_beam(name: str, what: str, instead: str) -> str:
+    return (
+        f"{what} by itself: its builder uses Apache Beam, some for weeks. `pip install apache-beam`"
+        f" and `python -m jaxeco.prepare {name} --beam-pipeline-options runner=DirectRunner` do it"
+        f" on this machine; docs/data.md says how on many; {instead}"
+    )
+
+
+def _beam_options(beam: Sequence[str] | None) -> Any:
+    if beam is None:
+        return _NoBeam()
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise UserError(
+            "Apache Beam is not installed: `pip install apache-beam` where it runs on Python "
+            f"{sys.version_info.major}.{sys.version_info.minor}, or leave out its options"
+        ) from error
+    return PipelineOptions([*beam, f"--beam_plugin={__package__}.beam_worker"])
 
 
 class Downloader:

@@ -280,6 +280,20 @@ def opened(
     return builder, _absolute(parts, builder, split)
 
 
+def prepared(
+    name: str, data_dir: str | os.PathLike[str] | None, beam: Sequence[str] | None
+) -> tuple[str, str]:
+    """Prepares a data set if that has not been done; returns its title and folder.
+
+    Args and raises: as `prepare`, and UserError for an unknown name.
+    """
+    with without_tensorflow():
+        builder = _builder(name, data_dir)
+        if not Path(builder.data_dir).exists():
+            prepare(builder, beam)
+        return title_of(builder), str(builder.data_dir)
+
+
 def _builder(data_set: str, data_dir: str | os.PathLike[str] | None) -> Any:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import naming, registered
