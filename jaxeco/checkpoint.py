@@ -268,11 +268,15 @@ class Checkpoints:
     def _start(self, about: About, state: State) -> bool:
         """Begins to write; False if there is nothing to do."""
         temporary = self.folder / f"{about.step}.tmp"
-        if not _by_first(lambda: self._begin(about, temporary)):
-            return False
-        with jax.transfer_guard("allow"):
-            written = ondisk.write(temporary, ondisk.data(state))
-        done = self._worker.submit(self._commit, about.step, temporary, written)
+        done: futures.Future[None] = futures.Future()
+        try:
+            if not _by_first(lambda: self._begin(about, temporary)):
+                return False
+            with jax.transfer_guard("allow"):
+                written = ondisk.write(temporary, ondisk.data(state))
+            done = self._worker.submit(self._commit, about.step, temporary, written)
+        except _Passing as failure:
+            done.set_exception(failure)
         self._pending = _Save(about, state, done)
         return True
 

@@ -13,9 +13,11 @@ Nothing here executes code from a checkpoint: metadata is JSON, arrays are raw b
 No collective of the devices is used, so that a checkpoint can be written while they train.
 """
 
+import functools
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -283,12 +285,20 @@ def _spec(leaf: Any) -> Spec:
 # orbax
 
 
+@functools.cache
 def _orbax() -> Any:
     import orbax.checkpoint as ocp  # 0.3 s, spared to whoever saves nothing
 
     for chatter in (logging.getLogger("absl"), logging.getLogger("asyncio")):
-        chatter.addFilter(_not_orbax)  # once: a filter that is there already is not added again
+        chatter.addFilter(_not_orbax)
+    shown = sys.unraisablehook
+    sys.unraisablehook = lambda seen: None if _too_late(seen.exc_value) else shown(seen)
     return ocp
+
+
+def _too_late(error: BaseException | None) -> bool:
+    """Writes that end after the first failed one report to an event loop that is gone."""
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

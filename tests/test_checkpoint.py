@@ -432,8 +432,6 @@ def full_disk():
 FAILS = r"cannot save checkpoint 2 in .*: File too large"
 
 
-# tensorstore reports writes that end after the first failed one to a loop that is gone
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_failed_save_is_raised_by_the_next_and_harms_nothing(tmp_path, full_disk):
     small, large = {"w": jnp.ones(4)}, {"w": jnp.ones((512, 512))}
     checkpoints = Checkpoints(tmp_path, description={})
@@ -449,7 +447,6 @@ def test_a_failed_save_is_raised_by_the_next_and_harms_nothing(tmp_path, full_di
     assert checkpoints.steps() == [1, 2]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_failed_last_save_is_raised_by_close(tmp_path, full_disk):
     with full_disk, pytest.raises(UserError, match=FAILS):
         with Checkpoints(tmp_path, description={}) as checkpoints:
