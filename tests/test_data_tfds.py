@@ -8,7 +8,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +236,76 @@ def test_a_builder_that_needs_tensorflow_itself_is_told_apart(tmp_path):
     with pytest.raises(UserError, match=r"cannot be prepared without TensorFlow: .*`resize`"):
         Tfds("jaxeco_resizes", "train", data_dir=tmp_path).open()
     assert nothing_half_made(tmp_path)
+
+
+class JaxecoArchive(tensorflow_datasets.core.GeneratorBasedBuilder):
+    """As many examples as files come out of an archive from `url`; the label counts their bytes."""
+
+    VERSION = tensorflow_datasets.core.Version("1.0.0")
+    url = ""
+
+    def _info(self):
+        features = tensorflow_datasets.features
+        x, y = features.Image(shape=(2, 2, 3)), features.Scalar(np.int64)
+        return tensorflow_datasets.core.DatasetInfo(
+            builder=self, features=features.FeaturesDict({"image": x, "label": y})
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(Path(dl_manager.download_and_extract(self.url)))}
+
+    def _generate_examples(self, folder):
+        for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+            assert not path.is_symlink()
+            size = len(path.read_bytes())
+            yield str(path), {"image": np.zeros((2, 2, 3), np.uint8), "label": size}
+
+
+def hostile_archive(kind, outside):
+    """Good files, of 1 and 2 bytes, among names and links that lead out of the folder."""
+    names = ["../evil", "a/../../evil", f"{outside}/evil", "a/../../../../../../evil"]
+    entries = {"good": b"1", "a/good": b"22", **dict.fromkeys(names, b"evil!")}
+    buffer = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+            link = zipfile.ZipInfo("link")
+            link.external_attr = 0o120777 << 16
+            archive.writestr(link, b"/")  # as a file, it has the one byte of its target's name
+        return buffer.getvalue()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in entries.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        links = {"up": "..", "out": str(outside), "file": str(outside / "secret"), "b": "good"}
+        for name, target in links.items():
+            for folder, link in (("", tarfile.SYMTYPE), ("hard/", tarfile.LNKTYPE)):
+                entry = tarfile.TarInfo(folder + name)
+                entry.type, entry.linkname = link, target
+                archive.addfile(entry)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("zip", [1, 1, 2]), ("tar.gz", [1, 1, 1, 2])])
+def test_archives_and_servers_cannot_write_outside_their_folder(
+    server, tmp_path, monkeypatch, kind, sizes
+):
+    (tmp_path / "outside").mkdir()
+    (secret := tmp_path / "outside" / f"secret.{kind}").write_bytes(b"secret!")
+    content = hostile_archive(kind, tmp_path / "outside")
+    server.files[f"/archive.{kind}"] = content
+    server.headers["Content-Disposition"] = f'attachment; filename="{secret}"'
+    monkeypatch.setattr(JaxecoArchive, "url", f"{server.url}/archive.{kind}")
+    here = tmp_path / "a" / "b" / "data"
+    _, y = every(Tfds("jaxeco_archive", "train", data_dir=here).open())
+    assert sorted(y.tolist()) == sizes
+    files = [path for path in tmp_path.rglob("*") if not path.is_dir() or path.is_symlink()]
+    assert not any(path.is_symlink() or path.read_bytes() == b"evil!" for path in files)
+    roots = here, tmp_path / "cache", secret
+    assert [path for path in files if not any(map(path.is_relative_to, roots))] == []
+    assert secret.read_bytes() == b"secret!"
 
 
 # A tiny prepared data set, written by tfds itself: examples in order, y = index % 3.

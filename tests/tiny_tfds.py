@@ -27,6 +27,7 @@ class Server:
 
     def __init__(self):
         self.files: dict[str, bytes] = {}
+        self.headers: dict[str, str] = {}
         self.mode, self.requests = "good", 0
         outer = self
 
@@ -43,6 +44,8 @@ class Server:
                 self.send_response(200)
                 if outer.mode != "no length":
                     self.send_header("Content-Length", str(len(body)))
+                for name, value in outer.headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 whole = outer.mode not in ("truncated", "no length", "stalling")
                 self.wfile.write(body if whole else body[: len(body) // 2])
