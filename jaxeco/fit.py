@@ -241,9 +241,6 @@ def check_text(ex: Experiment, train: Dataset, data: Dataset) -> None:
             raise UserError(f"{name} has another tokenizer than {data.name}: give it the same")
 
 
-Calls = list[tuple[int, dict[str, Any]]]  # the first step of each, and its steps' sums, [n, ...]
-
-
 class Diverged(RunFailed):
     """The loss is not finite, and no guard has an answer. `fit` adds the State that it came to.
 
@@ -290,17 +287,21 @@ def fit(
     watch = Watch(log, feed)
     step, offset = int(state.step), int(state.offset)
     first = step
-    pending: Calls = []  # those that the log has not seen
+    pending: list[Any] = []  # sums of the calls that the log has not seen, [n, ...] each
+    seen = step  # steps that it has seen
 
     def report() -> None:
         """Hands the log what the pending calls came to; waits for them."""
+        nonlocal seen
         if pending:
-            calls = jax.device_get(pending)
-            for said in skipped(ex, calls):
+            # straight from each array: jax.device_get takes six times as long for small ones
+            sums = jax.tree.map(lambda *a_n: np.concatenate(a_n), *pending)
+            for said in skipped(ex, sums, seen):
                 log.warn(said)
             rate = {"learning_rate": ex.optimizer.learning_rate(step - 1, plan.steps)}
-            log.train(step, mean_over(ex, calls) | watch.waiting() | rate)
+            log.train(step, mean_over(ex, sums) | watch.waiting() | rate)
             pending.clear()
+            seen = step
 
     def evaluate() -> dict[str, float]:
         """Evaluates on all splits; returns the scalars, named. {} if interrupted."""
@@ -352,10 +353,10 @@ def fit(
                     jax.block_until_ready(sums)
                     log.mark(step + n)
                     watch.mark()
-                if pending and step // every_log > pending[0][0] // every_log:
+                if pending and step // every_log > seen // every_log:
                     report()  # of the calls before this one, on which the device is busy now
                     watch.compiled("a line of the log", step)
-                pending.append((step, sums))
+                pending.append(sums)
                 step += n
             except Diverged as error:
                 error.state = state
@@ -367,7 +368,7 @@ def fit(
             watch.compiled(f"roll-back {back.count}", back.step)
             pending.clear()
             step, offset = int(state.step), int(state.offset)
-            first = step
+            first = seen = step
 
 
 @dataclass(frozen=True)
@@ -450,40 +451,40 @@ def stalled(plan: Plan, log: Log) -> int | None:
     return steps[best] if len(steps) - 1 - best >= ex.patience else None
 
 
-def skipped(ex: Experiment, calls: Calls) -> Iterator[str]:
+def skipped(ex: Experiment, sums: dict[str, Any], first: int) -> Iterator[str]:
     """What is to be said of steps that the guard has skipped.
+
+    Args:
+      sums: of each step, [N, ...], on the host.
+      first: steps taken before them.
 
     Raises:
       Diverged: a step went bad, and there is no guard that skips it, or its limit is passed.
     """
-    guard = ex.guard
-    for first, sums in calls:
-        loss_n, verdict = sums["loss"].total, sums.get("guard")
-        bad_n = ~np.isfinite(loss_n) if verdict is None else verdict.bad
-        for i in np.flatnonzero(bad_n):
-            why = f"the loss is {loss_n[i] / (sums['loss'].weight[i] or 1):.6g}"
-            if verdict is not None and not np.isfinite(verdict.gradient_norm[i]):
-                why += f", the gradient's norm {verdict.gradient_norm[i]}"
-            why += f" at step {first + i + 1}"
-            if verdict is None or guard is None or guard.then != "skip":
-                raise Diverged(why, first + int(i), training=True)
-            if verdict.count[i] > guard.limit:
-                raise Diverged(f"{why}, after {guard.limit} skipped steps", first + int(i))
-            yield f"{why}: skipped ({verdict.count[i]} of at most {guard.limit})"
+    guard, loss_N = ex.guard, sums["loss"].total
+    verdict = sums["guard"] if guard else None
+    for i in np.flatnonzero(verdict.bad if verdict else ~np.isfinite(loss_N)).tolist():
+        why = f"the loss is {loss_N[i] / (sums['loss'].weight[i] or 1):.6g}"
+        if verdict and not np.isfinite(norm := verdict.gradient_norm[i]):
+            why += f", the gradient's norm {norm}"
+        why += f" at step {first + i + 1}"
+        if guard is None or verdict is None or guard.then != "skip":
+            raise Diverged(why, first + i, training=True)
+        if verdict.count[i] > guard.limit:
+            raise Diverged(f"{why}, after {guard.limit} skipped steps", first + i)
+        yield f"{why}: skipped ({verdict.count[i]} of at most {guard.limit})"
 
 
-def mean_over(ex: Experiment, calls: Calls) -> dict[str, Any]:
-    """Each metric over some calls on the host, but for skipped steps; and what the guard counts."""
-    totals: Any = None
-    said: dict[str, Any] = {}
-    for _, sums in calls:
-        if ex.guard:
-            verdict = sums["guard"]
-            good_n = ~verdict.bad
-            means = {name: mean for name, mean in sums.items() if name != "guard"}
-            sums = jax.tree.map(lambda a, good_n=good_n: a[good_n], means)
-            name = "skipped" if ex.guard.then == "skip" else "rolled_back"
-            said = {name: int(verdict.count[-1])}
-        sums = jax.tree.map(lambda a: np.sum(a, axis=0, dtype=np.float64), sums)
-        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-    return results(ex, totals) | said
+def mean_over(ex: Experiment, sums: dict[str, Any]) -> dict[str, Any]:
+    """Each metric over all steps but those that went bad, and what the guard counts.
+
+    Args:
+      sums: of each step, [N, ...], on the host.
+    """
+    said = {}
+    if ex.guard:
+        verdict = sums.pop("guard")
+        sums = jax.tree.map(lambda a_N: a_N[~verdict.bad], sums)
+        name = "skipped" if ex.guard.then == "skip" else "rolled_back"
+        said = {name: int(verdict.count[-1])}
+    return results(ex, jax.tree.map(lambda a_N: np.sum(a_N, 0, np.float64), sums)) | said
