@@ -6,7 +6,9 @@
     {"step": 390, "split": "test", "time": 45.6, "loss": 1.2, "per_class_accuracy": [0.6, ...], ...}
 
 "time" is in seconds since the run was first started, without the pauses between being stopped and
-resumed. Training lines also carry "examples_per_second", and of text "tokens_per_second". JSON has
+resumed. Training lines also carry "examples_per_second", and of text "tokens_per_second"; of data
+that is read meanwhile "data_wait", the share of the time in which the devices had to wait for it;
+with a guard "skipped" steps, or how often the run was "rolled_back", since it began. JSON has
 no NaN and no infinity: they are written as null, and come back as NaN from `read_metrics`.
 """
 
@@ -27,6 +29,8 @@ from jaxeco import hosts
 from jaxeco.errors import UserError
 
 FILE = "metrics.jsonl"
+COUNTS = ("skipped", "rolled_back")  # what a guard has done so far
+NOTICED = 0.1  # share of the time spent waiting for data of which a person should know
 WIDTH = 80  # columns that every line and table fits into, where its words allow
 
 
@@ -219,13 +223,20 @@ class Log:
             ) from error
 
     def _line(self, step: int, values: Mapping[str, Any]) -> str:
-        fields = _fields({name: v for name, v in values.items() if name != "learning_rate"})
+        quiet = [
+            "learning_rate",
+            "data_wait",
+            *(name for name in COUNTS if not values.get(name, 0)),
+        ]
+        fields = _fields({name: v for name, v in values.items() if name not in quiet})
         last = []
         if self._rate is not None:
             last.append(f"{self._rate * self._units:,.0f} {self._unit}/s")
         if self._start is not None and step > self._start[0]:
             per_step = (time.monotonic() - self._start[1]) / (step - self._start[0])
             last.append(f"{_clock(per_step * (self._total - step))} left")
+        if (wait := values.get("data_wait", 0.0)) >= NOTICED:
+            last.append(f"waits for data {wait:.0%}")
         done = f"step {step:,}/{self._total:,}"
         return _fit([done, *fields], last, self._live.width if self._live else WIDTH)
 
@@ -419,6 +430,8 @@ def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
 def _say(name: str, value: float) -> str:
     if not math.isfinite(value):
         return str(value)
+    if name in COUNTS:
+        return f"{value:.0f}"
     if "accuracy" in name or name.startswith("top"):
         return f"{100 * value:.2f} %"
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jaxeco.pretrained import Report
 
 Row = Sequence[str]
-PACE = re.compile("step|time|learning_rate|.*_per_second")  # in the log, but no result
+PACE = re.compile("step|time|learning_rate|data_wait|.*_per_second")  # in the log, but no result
 
 
 def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None) -> int:
@@ -214,7 +214,10 @@ def finish(p: Plan, step: int, metrics: list[dict], folder: Path, log: Log) -> N
     rows: list[Row] = [("split", "step", "metric", "value")]
     result: dict[str, Any] = {"step": step, "of": p.steps, "seed": p.ex.seed}
     for split, line in latest.items():
-        rows += [(split, f"{line['step']:,}", k, f"{v:.4f}") for k, v in scalars(line).items()]
+        rows += [
+            (split, f"{line['step']:,}", k, f"{v:.4f}" if isinstance(v, float) else f"{v:,}")
+            for k, v in scalars(line).items()
+        ]
         result[split] = {"step": line["step"], **scalars(line)}
     if p.ex.best and (found := best(p.ex, metrics)):
         result["best"] = found

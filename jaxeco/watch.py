@@ -9,12 +9,11 @@ from typing import Any, Self
 import jax
 
 from jaxeco.data.pipeline import Feed, Fields
-from jaxeco.log import Log
+from jaxeco.log import NOTICED, Log
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of jax.monitoring
 LOWERING = logging.getLogger("jax._src.interpreters.pxla")  # where JAX tells of shapes
 MOST = 5  # warnings of compilations; further ones are counted
-NOTICED = 0.1  # share of the time spent waiting for data of which a person should know
 
 
 class Watch:
@@ -150,7 +149,7 @@ class Watch:
             self._log.note(
                 f"{self._total_waited / self._total:.0%} of the training time went by waiting for"
                 f" data: resident_gib={gib * 1.01:.2g} would keep it on the devices, if they have"
-                " room; else more processor cores or hosts can read it sooner"
+                " room; read_workers lets more processes decode it"
             )
 
 
