@@ -177,7 +177,7 @@ def read_about(path: Path) -> About:
         for spec in about.arrays.values():
             say(spec)
         return about
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, "about.json", error) from error
 
 
@@ -189,7 +189,7 @@ def verify(path: Path) -> About:
         expected = {str(name): str(digest) for name, digest in sums.items()}
     except KeyError:
         raise Damaged("checksums.json is missing") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise _damaged(path, "checksums.json", error) from error
     for name, digest in expected.items():
         if name not in files:

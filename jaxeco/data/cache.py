@@ -52,18 +52,18 @@ def cached(
     """
     folder = runtime.cache_dir() / "data" / name
     with suppress(_Absent, _Damaged):
-        return _load(folder, source)
+        return _load(folder, source, layout)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent / f"{name}.lock"):
             try:  # another process may have made it while we waited
-                return _load(folder, source)
+                return _load(folder, source, layout)
             except _Absent:
                 pass
             except _Damaged as damage:
                 warnings.warn(f"{folder} is damaged ({damage}): decoding again", stacklevel=2)
             _write(folder, source, layout, blocks)
-            return _load(folder, source)
+            return _load(folder, source, layout)
     except OSError as error:
         raise UserError(
             f"cannot keep decoded data in {folder.parent}: {error.strerror or error}; free some "
@@ -79,7 +79,7 @@ class _Damaged(Exception):
     """An entry that is not as it was written; the message says in what."""
 
 
-def _load(folder: Path, source: Any) -> tuple[dict[str, np.ndarray], str]:
+def _load(folder: Path, source: Any, layout: Growing) -> tuple[dict[str, np.ndarray], str]:
     if not folder.exists():
         raise _Absent
     try:
@@ -87,14 +87,20 @@ def _load(folder: Path, source: Any) -> tuple[dict[str, np.ndarray], str]:
         if meta["source"] != source:
             raise _Absent
         arrays = {}
-        for field, written in meta["fields"].items():
+        for field, (shape, dtype) in layout.items():
+            written = meta["fields"][field]
             array = np.load(folder / f"{field}.npy", mmap_mode="r")
             found = _description(array)
             if found != written:
                 raise _Damaged(f"{field}.npy: expected {written}, found {found}")
+            sizes = zip(array.shape, shape, strict=True)
+            if array.dtype != dtype or any(want not in (None, has) for has, want in sizes):
+                raise _Damaged(f"{field}.npy: expected {dtype}{list(shape)}, found {found}")
             arrays[field] = array
-        return arrays, meta["digest"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        return arrays, str(meta["digest"])
+    except (_Absent, _Damaged):
+        raise
+    except Exception as error:  # numpy's parsers have some of their own
         raise _Damaged(f"{type(error).__name__}: {error}") from error
 
 
