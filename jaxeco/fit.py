@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxeco import parallel, sharding
+from jaxeco import hosts, parallel, sharding
 from jaxeco.checkpoint import Checkpoints, load
 from jaxeco.data.dataset import Dataset
 from jaxeco.data.pipeline import Feed, fits
@@ -339,6 +339,7 @@ def fit(
                     report()  # so that no State is saved behind a loss that is not finite
                     # an evaluation because of `stop_at` is no candidate for the best: another run,
                     # stopped elsewhere, would not have it
+                    checkpoints.needed = last_saved(plan, step) if ex.guard else None
                     checkpoints.save(state, scores if on_grid(plan, step) else {}, step=step)
                     log.mark(step)
                     watch.mark()
@@ -395,16 +396,21 @@ def way_back(plan: Plan, error: Diverged) -> Back:
     if int(record.count) >= guard.limit:
         error.args = (f"{error}, after {guard.limit} roll-backs",)
         raise error
-    saves = [ex.save_every] + [ex.eval_every] * bool(plan.evals)
-    step = max(bad - bad % every.steps(plan.steps_per_epoch) for every in saves)
+    step = last_saved(plan, bad)
     offset = int(error.state.offset) + bad - step + 1
     return Back(str(error), bad, step, offset, int(record.count) + 1)
+
+
+def last_saved(plan: Plan, step: int) -> int:
+    """The last step up to `step` at which the run saves wherever it may have been stopped; or 0."""
+    saves = [plan.ex.save_every] + [plan.ex.eval_every] * bool(plan.evals)
+    return max(step - step % every.steps(plan.steps_per_epoch) for every in saves)
 
 
 def returned(plan: Plan, checkpoints: Checkpoints, log: Log, back: Back) -> State:
     """The State that a run goes on from after a roll-back; the log forgets what came after it."""
     checkpoints.wait()
-    there = [step for step in checkpoints.steps() if step <= back.bad]
+    there = [step for step in hosts.from_first(checkpoints.steps()) if step <= back.bad]
     step = back.step if back.step in there or back.step == 0 else max(there, default=0)
     if step == 0:
         state = plan.start()

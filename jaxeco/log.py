@@ -223,12 +223,9 @@ class Log:
             ) from error
 
     def _line(self, step: int, values: Mapping[str, Any]) -> str:
-        quiet = [
-            "learning_rate",
-            "data_wait",
-            *(name for name in COUNTS if not values.get(name, 0)),
-        ]
-        fields = _fields({name: v for name, v in values.items() if name not in quiet})
+        quiet = ("learning_rate", "data_wait")
+        shown = {k: v for k, v in values.items() if k not in quiet and (v or k not in COUNTS)}
+        fields = _fields(shown)
         last = []
         if self._rate is not None:
             last.append(f"{self._rate * self._units:,.0f} {self._unit}/s")
