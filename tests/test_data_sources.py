@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from jaxeco.data.pipeline import Feed
 from jaxeco.data.sources import Arrays, Digits, ImageFolder
 from jaxeco.errors import UserError
 
@@ -240,6 +241,21 @@ def test_an_unreadable_image_is_named(folder, damage):
     dataset = ImageFolder(str(folder), 4, "all").open()
     with pytest.raises(UserError, match=rf"{victim}: not a readable image .*; mend or remove it"):
         everything(dataset)
+
+
+def test_a_process_opens_the_files_of_its_share_and_no_others(folder):
+    dataset = ImageFolder(str(folder), 4, "all").open()
+    share, colours = np.array([0, 3]), dataset.fields["x"][np.arange(24)]
+    with Feed.training(dataset, 6, 0, resident=False, share=share) as feed:
+        mine = np.concatenate([feed.plan(step)["row"][share] for step in range(4)])  # one pass
+    names = [f"{c}/{i}.{('png', 'bmp', 'PNG')[i % 3]}" for n, c in enumerate(("ant", "bee", "cat"))
+             for i in range(7 + n)]  # fmt: skip
+    for row in set(range(24)) - set(mine.tolist()):
+        (folder / names[row]).unlink()
+    with Feed.evaluation(dataset, 24, resident=False, share=np.sort(mine)) as feed:
+        np.testing.assert_array_equal(feed.fed(0)["x"][0], colours[np.sort(mine)])
+    with Feed.evaluation(dataset, 24, resident=False) as feed, pytest.raises(UserError):
+        feed.fed(0)
 
 
 def test_folders_without_images(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from tiny_tfds import ARCHIVE, CLASSES, Server, serve_cifar10, serve_mnist, url_
 
 from jaxeco.data import prepare as prepare_module
 from jaxeco.data import tfds as tfds_module
+from jaxeco.data.pipeline import Feed
 from jaxeco.data.tfds import Tfds
 from jaxeco.errors import UserError
 
@@ -454,6 +456,26 @@ def test_large_sets_are_decoded_on_demand(tiny, tmp_path, monkeypatch):
         np.testing.assert_array_equal(a, b)
         assert a.dtype == b.dtype
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_process_decodes_its_share_and_each_record_once(tiny, monkeypatch):
+    whole = Tfds("jaxeco_tiny", "train[:20]+test", data_dir=tiny).open()
+    monkeypatch.setattr(tfds_module, "CACHE_BYTES", 100)
+    dataset, share = Tfds("jaxeco_tiny", "train[:20]+test", data_dir=tiny).open(), np.array([1, 2])
+    decode, decoded = tfds_module._Records._example, []
+    monkeypatch.setattr(
+        tfds_module._Records, "_example", lambda *args: decoded.append(0) or decode(*args)
+    )
+    with Feed.evaluation(dataset, 9, resident=False, share=share) as feed:
+        for step in range(3):
+            fed = feed.fed(step)
+            rows = feed.plan(step)["row"][share]
+            np.testing.assert_array_equal(fed["x"][0], whole.fields["x"][rows])
+            np.testing.assert_array_equal(fed["y"][0], whole.fields["y"][rows])
+    assert len(decoded) == 3 * len(share)
+    again = pickle.loads(pickle.dumps(whole))  # what is in the cache is mapped again, not copied
+    assert len(pickle.dumps(whole)) < 3000
+    np.testing.assert_array_equal(again.fields["x"][rows], whole.fields["x"][rows])
 
 
 # The decoded cache.

@@ -223,11 +223,12 @@ class Feed:
                         found = _ahead(there, step, self._stop, 1, each, self.workers)
                     values = next(found)
                 except Exception as error:  # none of the decoder's own, which come as values
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
                     raise RunFailed(
-                        f"a process that decodes examples (read_workers={self.workers}) failed: "
-                        f"{type(error).__name__}: {' '.join(str(error).split())}; it may have been "
-                        "killed for want of memory, or of room in /dev/shm, or what decodes cannot "
-                        "be pickled; with read_workers=0 threads decode"
+                        f"a process that decodes examples (read_workers={self.workers}) failed "
+                        f"({reason}): it may have been killed for want of memory, or of room in "
+                        "/dev/shm, or what decodes cannot be pickled; go on with --resume and fewer "
+                        "of them, or with read_workers=0, where threads decode"
                     ) from error
                 if isinstance(values, Exception):
                     raise values

@@ -117,9 +117,21 @@ def stand_in() -> _StandIn:
 
 @contextmanager
 def without_tensorflow() -> Iterator[None]:
-    """Within: tfds cannot import TensorFlow, draws no progress bars, and logs errors only."""
+    """Within: tfds cannot import TensorFlow, draws no progress bars, and logs errors only.
+
+    Nor does it import what a data set's features.json names: only classes that are known already,
+    and its own.
+    """
     from tensorflow_datasets.core.download import downloader
+    from tensorflow_datasets.core.features.feature import FeatureConnector
     from tensorflow_datasets.core.utils import lazy_imports_utils, tqdm_utils
+
+    by_name = vars(FeatureConnector)["cls_from_name"]
+
+    def known_by_name(cls: Any, name: str) -> Any:
+        if name not in cls._registered_features and not name.startswith("tensorflow_datasets."):
+            raise ValueError(f"its features.json names {name}, which is no feature of tfds")
+        return by_name.__get__(None, cls)(name)
 
     absl = logging.getLogger("absl")
     with _one_at_a_time:
@@ -128,10 +140,12 @@ def without_tensorflow() -> Iterator[None]:
         lazy["_module"] = stand_in()
         downloader.MAX_RETRIES = 0
         tqdm_utils._active = False
+        FeatureConnector.cls_from_name = classmethod(known_by_name)
         absl.setLevel(logging.ERROR)
         try:
             yield
         finally:
+            FeatureConnector.cls_from_name = by_name
             lazy["_module"], downloader.MAX_RETRIES, tqdm_utils._active, level = before
             absl.setLevel(level)
             if lazy["_module"] is None:
