@@ -7,6 +7,7 @@ that is gone, or that fails alone, ends all others within `timeout` seconds, whe
 What XLA does by itself is kept as the last resort: it aborts a process with a stack trace.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -245,7 +246,7 @@ def _initialize(place: Place, timeout: int) -> None:
     # One process's death is not an error that XLA raises in all: `_watch_lives` says who it was.
     jax.config.update("jax_enable_recoverability", True)
     real = distributed._jax
-    if _catch_terminate(place):
+    if _catch_terminate():
         distributed._jax = _Calling(real)
     try:
         jax.distributed.initialize(
@@ -282,22 +283,18 @@ class _Calling:
         return getattr(self._real, name)
 
 
-def _catch_terminate(place: Place) -> bool:
+def _catch_terminate() -> bool:
     """Has std::terminate say a line and exit with status 1; False where C++'s library is another.
 
     After `join` only one thing calls it: the first process, which holds the coordination service,
     is gone.
     """
     global _on_terminate
-
-    def lost() -> None:
-        _end(f"process 0 of {place.count} is gone, at {place.address}; {AGAIN}")
-
     try:
         set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
     except (OSError, AttributeError):
         return False
-    _on_terminate = ctypes.CFUNCTYPE(None)(lost)
+    _on_terminate = ctypes.CFUNCTYPE(None)(_lost)
     set_terminate(_on_terminate)
     return True
 
@@ -320,6 +317,11 @@ def _watch_lives() -> None:
         if gone := [i for i in everyone if i not in alive]:
             _end(f"{_named(gone, len(everyone))} gave no sign of life for {_timeout} s; {AGAIN}")
         time.sleep(1)
+
+
+def _lost() -> NoReturn:
+    """Of the coordination service, and so of the first process."""
+    _end(f"process 0 of {hosts.count()} is gone; {AGAIN}")
 
 
 def _watch_failures() -> None:
@@ -354,14 +356,17 @@ def _end(text: str) -> NoReturn:
 def leave(status: int) -> NoReturn:
     """Exits when all processes are through; the first last, since it holds the service."""
     global _over
-    hosts.barrier("the end")
-    _over = status
     client = hosts.client()
-    if hosts.first():
-        for i in range(1, hosts.count()):
+    try:
+        hosts.barrier("the end")
+        _over = status
+        if not hosts.first():
+            client.key_value_set(f"jaxeco/left/{hosts.index()}", "")
+        for i in range(1, hosts.count()) if hosts.first() else ():
             client.blocking_key_value_get(f"jaxeco/left/{i}", 10_000)
-    else:
-        client.key_value_set(f"jaxeco/left/{hosts.index()}", "")
+    except Exception:  # of jaxlib: somebody is gone before us
+        if _over is None:
+            _lost()
     _exit(status)
 
 
@@ -374,31 +379,43 @@ def fail(text: str, status: int, trace: str = "") -> NoReturn:
       text: the line, as one process alone would say it.
       trace: of a bug, said before it.
     """
-    client, i, n = hosts.client(), hosts.index(), hosts.count()
-    client.key_value_set(f"jaxeco/errors/{i}", text)
-    deadline = time.monotonic() + GRACE
-    while len(said := dict(client.key_value_dir_get("jaxeco/errors/"))) < n:
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    same = len(said) == n and said["jaxeco/errors/0"] == text
-    if not same:
+    i, n = hosts.index(), hosts.count()
+    said = _errors_of_all(text)
+    if len(said) < n and LOST.search(text):  # perhaps another's end, as it shows here
+        time.sleep(_timeout + GRACE)  # until `_watch_lives` knows who it was, and says so
+    if len(said) < n or said["jaxeco/errors/0"] != text:
         alone = text.removeprefix("error: ")
         print(f"{trace}error: process {i} of {n}: {alone}", file=sys.stderr)
     elif i == 0:
         print(f"{trace}{text}", file=sys.stderr)
     if len(said) == n:
         leave(status)
-    client.key_value_set(FAILED, json.dumps([i, text]), allow_overwrite=True)
+    global _over
+    _over = status  # the others end now, and the first of them takes the service along
+    with contextlib.suppress(Exception):  # of jaxlib: two fail at a time, or all is over
+        hosts.client().key_value_set(FAILED, json.dumps([i, text]))
     if i == 0:
         time.sleep(1)  # so that the others hear of it, and not only that the service is gone
     _exit(status)
 
 
+def _errors_of_all(text: str) -> dict[str, str]:
+    """Adds this process's error, and gives the others some time for theirs."""
+    client = hosts.client()
+    deadline = time.monotonic() + GRACE
+    try:
+        client.key_value_set(f"jaxeco/errors/{hosts.index()}", text)
+        while len(said := dict(client.key_value_dir_get("jaxeco/errors/"))) < hosts.count():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    except Exception:  # of jaxlib
+        _lost()
+    return said
+
+
 def crash(error: Exception) -> NoReturn:
-    """Exits because of a bug; or of another process's end, as it shows here: then that is said."""
-    if LOST.search(str(error)):
-        time.sleep(_timeout + GRACE)  # until `_watch_lives` or `_watch_failures` knows who it was
+    """Exits because of a bug, whose traceback is kept."""
     text = f"error: {type(error).__name__}: {error}".splitlines()[0]
     fail(text, 1, traceback.format_exc())
 
