@@ -1,8 +1,8 @@
 """What a pure function needs to know about the mesh around it: which axes have split what.
 
-Under plain `jit`, and uncompiled, an array is whole. Where `jit` compiles for a mesh of many devices,
+Under plain `jit`, and uncompiled, an array is whole. Where `jit` compiles for a mesh of devices,
 `constrain` tells XLA how they are to share it. Inside `shard_map` and `pmap` the same code sees one
-shard, and must then sum over all of them and draw the random numbers that belong to its own examples.
+shard, and must then sum over all of them and draw its own examples' random numbers.
 """
 
 from typing import Any

@@ -44,7 +44,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
         advice = "expected as many at most"
         if devices[0].platform == "cpu":
             advice = (
-                "to try it on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=" + str(size)
+                "to try it on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count="
+                + str(size)
             )
         raise UserError(f"mesh={shape} needs {size} devices, there are {has}: {advice}")
     if size < len(devices) and jax.process_count() > 1:
@@ -87,7 +88,7 @@ def _ways(mesh: Mesh) -> int:
 
 
 def share(mesh: Mesh, batch: int) -> np.ndarray:
-    """The positions in a global batch whose examples this process's devices hold: i64, ascending."""
+    """Positions in a global batch whose examples this process's devices hold: i64, ascending."""
     parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch,)).values()
     return np.unique(np.concatenate([np.arange(batch)[part] for part in parts]))
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxeco import folder as folders
-from jaxeco import hosts, parallel, plots
+from jaxeco import hosts, parallel, plots, sharding
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.config import Loaded, describe, flatten
 from jaxeco.data.dataset import Dataset
@@ -75,6 +75,8 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
         ):
             rows = summary(p, folder, first, resume, log.tensorboard)
             log.table(ex.name, [*rows, *(row for report in reports for row in report.rows())])
+            if p.mesh.size > 1:
+                log.table(*shared_out(p))
             for note in notes:
                 log.warn(note)
             try:
@@ -95,6 +97,8 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
 def dry_run(loaded: Loaded) -> int:
     """Prints the resolved experiment and what a step costs; trains nothing, writes nothing."""
     p = plan(loaded.experiment)
+    if not hosts.first():
+        return 0
     state, batch = jax.eval_shape(p.init), shapes(p.train, p.ex.batch)
     step = jax.jit(p.step, donate_argnums=0).lower(state, batch)
     memory: Any = step.compile().memory_analysis()
@@ -175,6 +179,17 @@ def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -
             ("resumed", f"from step {first:,}" if first else "nothing there: from the start")
         )
     return rows
+
+
+def shared_out(p: Plan) -> tuple[str, list[Row]]:
+    """What is split how over the devices, and what that comes to on each: a title and rows."""
+    found = sharding.table(p.abstract_state())
+    axes = ", ".join(f"{axis}:{n}" for axis, n in p.mesh.shape.items() if n > 1)
+    rows: list[Row] = [("state", "shape", "split over", "a device has", "of")]
+    rows += [(*row[:3], _size(row[3]), _size(row[4])) for row in found]
+    here, everywhere = (sum(row[i] for row in found) for i in (3, 4))
+    rows.append(("all", "", "", _size(here), _size(everywhere)))
+    return f"on each of {p.mesh.size} devices, {axes}", rows
 
 
 def ending(p: Plan, first: int, step: int, interrupt: Interrupt, log: Log) -> str:

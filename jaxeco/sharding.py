@@ -6,12 +6,12 @@ stays whole. `axes.RULES` says which axes of the mesh split which of these. Opti
 under their parameters' names: those of the same shape are split alike.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,7 +25,7 @@ KERNELS: Mapping[str, Names] = {r"(.*/)?kernel": ("in", "out")}
 
 
 def logical_axes(model: Any) -> Mapping[str, Names]:
-    """What the axes of a model's parameters are: by pattern, of which the first that fits counts."""
+    """What the axes of a model's parameters are, by pattern; the first that fits counts."""
     inner = getattr(model, "model", model)  # of Lora
     return {**getattr(inner, "logical_axes", {}), **KERNELS}
 
@@ -104,31 +104,32 @@ def gathered(model: Any, params: Any) -> Any:
     return map_named(gather, params)
 
 
-def table(state: Any) -> list[tuple[str, ...]]:
+def table(state: Any) -> list[tuple[str, str, str, int, int]]:
     """What is split how, for a person; `state`: shapes with shardings. Equal layers share a row.
 
     Columns: arrays, shape of each, mesh axes of each of its axes, bytes on each device, all bytes.
     """
-    groups: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    rows: dict[tuple[str, str, str], list[int]] = {}  # [how many, bytes here, bytes in all]
     for name, leaf in named(state).items():
-        kind = re.sub(r"(?<=_)\d+(?=/)", "*", name)
-        spec = tuple(leaf.sharding.spec) + (None,) * (leaf.ndim - len(leaf.sharding.spec))
-        split = " x ".join("+".join(_names(part)) or "-" for part in spec)
-        if not any(map(_names, spec)):
-            kind, shape, split = f"{name.split('/')[0]}: all else", "", "whole"
+        spec = [_names(part) for part in leaf.sharding.spec]
+        spec += [()] * (leaf.ndim - len(spec))
+        if any(spec):
+            kind = re.sub(r"(?<=_)\d+(?=/)", "*", name)
+            shape, split = (
+                "x".join(map(str, leaf.shape)),
+                " x ".join("+".join(p) or "-" for p in spec),
+            )
         else:
-            shape = "x".join(map(str, leaf.shape))
-        part = leaf.sharding.shard_shape(leaf.shape)
-        size = 1 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.dtype.itemsize
-        groups.setdefault((kind, shape, split), []).append(
-            (int(np.prod(part)) * size, int(np.prod(leaf.shape)) * size)
-        )
-    rows = []
-    for (kind, shape, split), sizes in groups.items():
-        times = f"{len(sizes)} of " if len(sizes) > 1 and shape else ""
-        here, total = (sum(column) for column in zip(*sizes))
-        rows.append((kind, times + shape, split, here, total))
-    return rows
+            kind, shape, split = f"{name.split('/')[0]}, the rest", "", "whole"
+        row = rows.setdefault((kind, shape, split), [0, 0, 0])
+        each = leaf.dtype.itemsize
+        part = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for i, more in enumerate((1, part * each, leaf.size * each)):
+            row[i] += more
+    return [
+        (kind, f"{count} of {shape}" if shape and count > 1 else shape, split, here, total)
+        for (kind, shape, split), (count, here, total) in rows.items()
+    ]
 
 
 def _names(part: Any) -> tuple[str, ...]:

@@ -96,7 +96,9 @@ def test_gradients_where_xla_left_alone_loses_a_sum() -> None:
     If the first assertion fails, XLA has been mended, and `sharding.gathered` may be needless.
     """
     p = plan(experiment("mlp", "data:2,fsdp:2,tensor:2"))
-    kernels = [RANDOM.standard_normal(s).astype(np.float32) for s in ((64, 128), (128, 64), (64, 10))]
+    kernels = [
+        RANDOM.standard_normal(s).astype(np.float32) for s in ((64, 128), (128, 64), (64, 10))
+    ]
     x_BxI = RANDOM.standard_normal((64, 64)).astype(np.float32)
 
     def loss(kernels, x, gather):
@@ -181,7 +183,9 @@ def test_only_jit_shares_a_model(how: str) -> None:
         plan(replace(experiment("mlp", "data:4,tensor:2"), parallel=how))
 
 
-@pytest.mark.parametrize("text", ["", "data", "data:0", "data:-1", "data:2,data:4", "model:2", "data:x"])
+@pytest.mark.parametrize(
+    "text", ["", "data", "data:0", "data:-1", "data:2,data:4", "model:2", "data:x"]
+)
 def test_meshes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         MeshShape.parse(text)
