@@ -108,6 +108,7 @@ class Checkpoints:
         self._worker = futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Save | None = None
         self._missed = 0  # saves in a row that storage did not take
+        self.needed: int | None = None  # a step whose checkpoint stays, whatever is saved after it
         _by_first(self._prepare)
 
     def __enter__(self) -> Self:
@@ -237,7 +238,7 @@ class Checkpoints:
         """Makes the folder, and removes what an earlier session left half-done."""
         with storage.explained(f"cannot keep checkpoints in {self.folder}"):
             storage.make_folder(self.folder, parents=True)
-            for path in self.folder.iterdir():
+            for path in storage.listed(self.folder):
                 if re.fullmatch(r"[0-9]+(\.old)?\.tmp", path.name):
                     storage.remove(path)
 
@@ -317,7 +318,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = self.steps()
-        for step in set(steps[: -self._keep]) - {self.best_step()}:
+        for step in set(steps[: -self._keep]) - {self.best_step(), self.needed}:
             # Renamed first: cut off half-way, it must not look like a damaged checkpoint.
             doomed = self.folder / f"{step}.old.tmp"
             storage.rename(self.folder / str(step), doomed)
@@ -416,7 +417,11 @@ def _by_first(action: Callable[[], T], name: str = "checkpoints") -> T:
 def _steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if re.fullmatch("[0-9]+", path.name))
+    try:
+        names = [path.name for path in storage.listed(folder)]
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {storage.reason(error)}; try again") from error
+    return sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))
 
 
 def _first_good(

@@ -224,7 +224,7 @@ class Log:
 
     def _line(self, step: int, values: Mapping[str, Any]) -> str:
         quiet = ("learning_rate", "data_wait")
-        shown = {k: v for k, v in values.items() if k not in quiet and (v or k not in COUNTS)}
+        shown = {k: v for k, v in values.items() if k not in quiet and (k not in COUNTS or v)}
         fields = _fields(shown)
         last = []
         if self._rate is not None:
