@@ -189,7 +189,7 @@ def altered(draw: Any, document: Any) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(whole))
         parent, key = places[draw(st.integers(0, len(places) - 1))]
-        match draw(st.sampled_from(["replace", "replace", "remove", "rename", "copy"])):
+        match draw(st.sampled_from(["alike", "alike", "replace", "remove", "rename", "copy"])):
             case "remove" if parent is not whole:
                 del parent[key]
             case "rename" if isinstance(parent, dict):
@@ -197,6 +197,10 @@ def altered(draw: Any, document: Any) -> Any:
             case "copy":
                 other, name = places[draw(st.integers(0, len(places) - 1))]
                 parent[key] = copy.deepcopy(other[name]) if other is not whole else None
+            case "alike" if isinstance(parent[key], str):
+                parent[key] = draw(TEXTS)
+            case "alike" if isinstance(parent[key], int | float):
+                parent[key] = draw(NUMBERS)
             case _:
                 parent[key] = draw(JUNK)
     return whole[0]
@@ -354,16 +358,24 @@ def jsonl(folder: Path) -> Target:
     line = st.one_of(
         altered({"text": "a", "label": "b"}).map(lambda d: json.dumps(d).encode()),
         st.sampled_from([b'{"text": "a", "label": 1}', b'{"text": "\\ud800", "label": "b"}', DEEP]),
+        st.text(max_size=9).map(lambda text: json.dumps({"text": text, "label": "c"}).encode()),
         st.binary(max_size=12),
     )
 
-    def read(data: bytes) -> None:
-        path = folder / "texts.jsonl"
-        path.write_bytes(data)
-        list(TextFiles(str(path), "train").documents())
-        list(JsonLines(str(path), label="label", split="train[:90%]").documents())
+    path = folder / "texts.jsonl"
+    sources = [
+        TextFiles(str(path)),
+        JsonLines(str(path)),
+        JsonLines(str(path), label="label", split="train[:90%]"),
+    ]
 
-    return st.lists(line, min_size=1, max_size=4).map(b"\n".join), read
+    def read(case: tuple[bytes, Any]) -> None:
+        data, source = case
+        path.write_bytes(data)
+        list(source.documents())
+
+    lines = st.lists(line, min_size=1, max_size=4).map(b"\n".join)
+    return st.tuples(lines, st.sampled_from(sources)), read
 
 
 def cache(folder: Path) -> Target:
