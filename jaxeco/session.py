@@ -185,7 +185,7 @@ def shared_out(p: Plan) -> tuple[str, list[Row]]:
     """What is split how over the devices, and what that comes to on each: a title and rows."""
     found = sharding.table(p.abstract_state())
     axes = ", ".join(f"{axis}:{n}" for axis, n in p.mesh.shape.items() if n > 1)
-    rows: list[Row] = [("state", "shape", "split over", "a device has", "of")]
+    rows: list[Row] = [("state", "shape", "split over", "has", "of")]
     rows += [(*row[:3], _size(row[3]), _size(row[4])) for row in found]
     here, everywhere = (sum(row[i] for row in found) for i in (3, 4))
     rows.append(("all", "", "", _size(here), _size(everywhere)))

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxeco import axes
 from jaxeco.errors import UserError
-from jaxeco.trees import map_named, named
+from jaxeco.trees import listed, map_named, named
 
 Names = tuple[str | None, ...]
 
@@ -105,30 +105,29 @@ def gathered(model: Any, params: Any) -> Any:
 
 
 def table(state: Any) -> list[tuple[str, str, str, int, int]]:
-    """What is split how, for a person; `state`: shapes with shardings. Equal layers share a row.
+    """What is split how, for a person; `state`: shapes with shardings.
 
-    Columns: arrays, shape of each, mesh axes of each of its axes, bytes on each device, all bytes.
+    Parameters that are alike share a row; all that is no parameter has one. Columns: arrays, shape
+    of each, mesh axes of each of its axes, bytes on each device, bytes in all.
     """
-    rows: dict[tuple[str, str, str], list[int]] = {}  # [how many, bytes here, bytes in all]
+    rows: dict[tuple[str, str], tuple[set[str], list[int]]] = {}
     for name, leaf in named(state).items():
-        spec = [_names(part) for part in leaf.sharding.spec]
+        part, *path = name.split("/")
+        spec = [_names(names) for names in leaf.sharding.spec]
         spec += [()] * (leaf.ndim - len(spec))
-        if any(spec):
-            kind = re.sub(r"(?<=_)\d+(?=/)", "*", name)
-            shape, split = (
-                "x".join(map(str, leaf.shape)),
-                " x ".join("+".join(p) or "-" for p in spec),
-            )
-        else:
-            kind, shape, split = f"{name.split('/')[0]}, the rest", "", "whole"
-        row = rows.setdefault((kind, shape, split), [0, 0, 0])
-        each = leaf.dtype.itemsize
-        part = math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for i, more in enumerate((1, part * each, leaf.size * each)):
-            row[i] += more
+        split = " x ".join("+".join(names) or "-" for names in spec) if any(spec) else "whole"
+        shape = "x".join(map(str, leaf.shape)) if any(spec) else ""
+        kind = "/".join(path[-2:]) if any(spec) else "other parameters"
+        if part != "params":
+            shape, kind, split = "", "optimizer and other state", "as the parameters"
+        kinds, sums = rows.setdefault((shape, split), (set(), [0, 0, 0]))
+        kinds.add(kind)
+        here = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for i, more in enumerate((1, here * leaf.dtype.itemsize, leaf.size * leaf.dtype.itemsize)):
+            sums[i] += more
     return [
-        (kind, f"{count} of {shape}" if shape and count > 1 else shape, split, here, total)
-        for (kind, shape, split), (count, here, total) in rows.items()
+        (listed(sorted(kinds), most=2), f"{n} of {shape}" if shape else "", split, here, total)
+        for (shape, split), (kinds, (n, here, total)) in rows.items()
     ]
 
 
