@@ -56,8 +56,8 @@ REFUSALS = (UserError, ValueError)
 SECONDS = 20.0  # that a case may take
 MEMORY = 8 * 2**30  # that a target may take, in bytes of address space beyond its start
 
-# (case) -> None: what is tried; raises one of REFUSALS where it refuses
-Target = tuple[st.SearchStrategy[Any], Callable[[Any], Any]]
+# the cases; what reads one, and raises one of REFUSALS where it refuses; one that must be accepted
+Target = tuple[st.SearchStrategy[Any], Callable[[Any], Any], Any]
 
 
 # What loading must not do
@@ -255,6 +255,7 @@ def overrides(folder: Path) -> Target:
         lambda case: (
             config.load(path, case) if isinstance(case, list) else config.parse(*case, "name")
         ),
+        ["lr=0.1", "optimizer.weight_decay=0", "mesh=data:2,fsdp:2"],
     )
 
 
@@ -303,7 +304,7 @@ def checkpoints(folder: Path) -> Target:
             for changed in {path, sums}:
                 changed.write_bytes(good[changed])
 
-    return case, read
+    return case, read, (about, good[about], True)
 
 
 def tokenizers(folder: Path) -> Target:
@@ -348,7 +349,7 @@ def tokenizers(folder: Path) -> Target:
         tokenizer.decode(tokenizer.encode("ab ba\0é"))
         tokenizer.token_bytes()
 
-    return case, read
+    return case, read, json.dumps(documents[3]).encode()
 
 
 def jsonl(folder: Path) -> Target:
@@ -375,7 +376,8 @@ def jsonl(folder: Path) -> Target:
         list(source.documents())
 
     lines = st.lists(line, min_size=1, max_size=4).map(b"\n".join)
-    return st.tuples(lines, st.sampled_from(sources)), read
+    good = b"\n".join(b'{"text": "text %d", "label": "b"}' % i for i in range(20))
+    return st.tuples(lines, st.sampled_from(sources)), read, (good, sources[2])
 
 
 def cache(folder: Path) -> Target:
@@ -427,7 +429,7 @@ def cache(folder: Path) -> Target:
             if (arrays[name].shape, arrays[name].dtype) != (shape, dtype):
                 raise AssertionError(f"{name} is {arrays[name].dtype}{arrays[name].shape}")
 
-    return case, read
+    return case, read, (good[meta], good[array], False)
 
 
 def _npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
@@ -497,7 +499,7 @@ def tfds(folder: Path) -> Target:
         finally:
             path.write_bytes(good[path])
 
-    return case, read
+    return case, read, (described[0], good[described[0]])
 
 
 def safetensors(folder: Path) -> Target:
@@ -517,7 +519,7 @@ def safetensors(folder: Path) -> Target:
         path.write_bytes(data)
         trees.read(path)
 
-    return st.one_of(texts_of(header).map(framed), damaged(good)), read
+    return st.one_of(texts_of(header).map(framed), damaged(good)), read, good
 
 
 def records(folder: Path) -> Target:
@@ -557,7 +559,7 @@ def records(folder: Path) -> Target:
             for changed in {path, features}:
                 changed.write_bytes(good[changed])
 
-    return case, read
+    return case, read, (shard, good[shard])
 
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
@@ -585,7 +587,7 @@ def fuzz(name: str, folder: Path, cases: int, start: int = 0) -> Counter[str]:
     Raises:
       BaseException: what the simplest case that fails came to; hypothesis prints the case.
     """
-    strategy, read = TARGETS[name](folder)
+    strategy, read, good = TARGETS[name](folder)
     counts: Counter[str] = Counter()
     trusted = tuple((ROOT / "experiments").glob("*.py")) if name == "overrides" else ()
 
@@ -602,6 +604,8 @@ def fuzz(name: str, folder: Path, cases: int, start: int = 0) -> Counter[str]:
         finally:
             faulthandler.cancel_dump_traceback_later()
 
+    attempt(good)
+    assert counts == {"accepted": 1}, f"{name}: what nobody has damaged was refused"
     for round_ in range(100):
         if (left := cases - counts.total()) <= 0:
             break
