@@ -51,6 +51,7 @@ class Evaluator:
             resident=fits(dataset, ex.resident_bytes),
             place=partial(parallel.place, mesh=mesh),
             share=parallel.share(mesh, ex.eval_batch),
+            workers=ex.read_workers,
         )
 
         def step(model: tuple[Any, Any], resident: Any, fed_n: Any) -> tuple[Any, Kept]:

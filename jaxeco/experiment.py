@@ -177,6 +177,7 @@ class Experiment:
     parallel: Literal["jit", "shard_map", "pmap"] = field(default="jit", metadata=FREE)
     steps_per_call: int = field(default=1, metadata=FREE)  # above 1 where a step is very short
     resident_gib: float = field(default=4.0, metadata=FREE)  # smaller data lies on the devices
+    read_workers: int = field(default=0, metadata=FREE)  # processes that decode; 0: threads do
 
     eval_batch: int = field(default=1000, metadata=FREE)  # examples per evaluation step
     eval_every: Epochs | Steps = field(default=Epochs(1), metadata=FREE)
@@ -209,6 +210,8 @@ class Experiment:
             raise ValueError("evals: 'train' is the name of the training log; choose another")
         if not self.resident_gib >= 0:
             raise ValueError(f"resident_gib={self.resident_gib}: expected 0 or more")
+        if not isinstance(self.read_workers, int) or self.read_workers < 0:
+            raise ValueError(f"read_workers={self.read_workers!r}: expected 0 or more processes")
         names = ("loss", *(m.name for m in (*self.metrics, *self.eval_metrics)))
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"metrics: two are called {min(twice)!r}; leave out one of them")

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxeco"
 
 # From top to bottom. A module may import from the floors below its own.
 FLOORS = [
-    ["run", "weights", "sample", "doctor", "verify"],
+    ["run", "weights", "sample", "prepare", "doctor", "verify"],
     ["session", "command"],
     ["fit"],
     ["evaluate", "train", "pretrained", "watch"],
