@@ -227,8 +227,8 @@ class Feed:
                     raise RunFailed(
                         f"a process that decodes examples (read_workers={self.workers}) failed "
                         f"({reason}): it may have been killed for want of memory, or of room in "
-                        "/dev/shm, or what decodes cannot be pickled; go on with --resume and fewer "
-                        "of them, or with read_workers=0, where threads decode"
+                        "/dev/shm, or what decodes cannot be pickled; go on with --resume, and "
+                        "fewer of them, or read_workers=0, where threads decode"
                     ) from error
                 if isinstance(values, Exception):
                     raise values
