@@ -224,7 +224,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in ascending order."""
-        return _steps(self.folder)
+        return steps_in(self.folder)
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
@@ -353,9 +353,10 @@ def load(
 
     Raises:
       UserError: there is no such checkpoint, or it is damaged and no other may stand in for it.
+      ValueError: it fits its checksums, but holds what this version did not write.
     """
     folder = Path(folder).absolute()
-    steps = _steps(folder)
+    steps = steps_in(folder)
     if not steps:
         raise UserError(f"no checkpoint in {folder}: expected the checkpoint folder of a run")
     wanted: Iterable[int] = reversed(steps)
@@ -414,7 +415,8 @@ def _by_first(action: Callable[[], T], name: str = "checkpoints") -> T:
 # What lies on disk
 
 
-def _steps(folder: Path) -> list[int]:
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints of a folder, in ascending order."""
     if not folder.is_dir():
         return []
     try:
@@ -450,7 +452,7 @@ def _kept_by(folder: Path, step: int) -> dict[str, str] | None:
 def _scores(folder: Path, best: Mapping[str, str] | None) -> list[tuple[float, int]]:
     """(score, step) of every checkpoint that has the metric of `best`; higher is better."""
     scores = []
-    for step in _steps(folder):
+    for step in steps_in(folder):
         try:
             score = ondisk.read_about(folder / str(step)).score(best)
         except Damaged:
@@ -493,6 +495,9 @@ def _arrays(path: Path, about: About, wanted: Mapping[str, Any]) -> dict[str, An
         if storage.passing(error) or isinstance(error, OSError):
             raise UserError(f"cannot read {path}: {storage.reason(error)}; try again") from error
         raise
+    except Exception as error:  # files that fit their checksums, but were not written by orbax
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} holds arrays that orbax cannot read ({what})") from error
 
 
 # What the user reads

@@ -119,9 +119,11 @@ def write(folder: Path, arrays: Mapping[str, Any]) -> Callable[[], dict[str, str
         for part in started or []:
             part.result()
         ours = folder / "state" / f"ocdbt.process_{hosts.index()}"
+        if not ours.exists():  # others hold all there is
+            return {}
         return {
             path.relative_to(folder).as_posix(): storage.sha256(path)
-            for path in _files(ours).values()
+            for path in storage.files(ours).values()
         }
 
     return wait
@@ -139,7 +141,7 @@ def finish(folder: Path, sums: Mapping[str, str]) -> None:
     handler.finalize(epath.Path(folder / "state"))
     whole = {
         name: sums[name] if name in sums else storage.sha256(path)
-        for name, path in _files(folder).items()
+        for name, path in storage.files(folder).items()
     }
     storage.write_text(folder / "checksums.json", json.dumps(whole, indent=1))
 
@@ -165,7 +167,7 @@ def read_about(path: Path) -> About:
       UserError: it is of a format to come, or cannot be read at the moment.
     """
     try:
-        raw = json.loads((path / "about.json").read_text())
+        raw = json.loads(storage.read_text(path / "about.json"))
         written = raw["format"]
         if isinstance(written, int) and written > FORMAT:
             raise UserError(
@@ -183,9 +185,9 @@ def read_about(path: Path) -> About:
 
 def verify(path: Path) -> About:
     """Raises Damaged unless every file is byte for byte what was written; else as `read_about`."""
-    files = _files(path)
     try:
-        sums = json.loads(files["checksums.json"].read_text())
+        files = storage.files(path)
+        sums = json.loads(storage.read_text(files["checksums.json"]))
         expected = {str(name): str(digest) for name, digest in sums.items()}
     except KeyError:
         raise Damaged("checksums.json is missing") from None
@@ -208,12 +210,6 @@ def _damaged(path: Path, name: str, error: Exception) -> Exception:
     if storage.passing(error) or isinstance(error, PermissionError):
         return UserError(f"cannot read {path / name}: {why}; try again, or remove {path}")
     return Damaged(f"{name}: {why}")
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Every file below `folder`, by its relative name with forward slashes."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return dict(sorted((path.relative_to(folder).as_posix(), path) for path in paths))
 
 
 # Reading

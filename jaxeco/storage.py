@@ -96,6 +96,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 @persistent
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@persistent
+def listed(folder: Path) -> list[Path]:
+    """What is directly in a folder."""
+    return list(folder.iterdir())
+
+
+@persistent
+def files(folder: Path) -> dict[str, Path]:
+    """Every file below a folder, by its relative name with forward slashes."""
+    found = [Path(at) / name for at, _, names in os.walk(folder, onerror=_raise) for name in names]
+    whole = [path for path in found if path.is_file()]  # no pipe, which one could wait for
+    return dict(sorted((path.relative_to(folder).as_posix(), path) for path in whole))
+
+
+@persistent
 def rename(path: Path, target: Path) -> None:
     try:
         path.rename(target)
@@ -119,3 +138,7 @@ def sha256(path: Path) -> str:
     """Reads piece by piece, however long the file is."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _raise(error: OSError) -> None:
+    raise error
