@@ -21,7 +21,6 @@ import os
 import shutil
 import struct
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass
@@ -61,9 +60,8 @@ class Shards:
         self.parts, self.advice, self.title = tuple(parts), advice, title
         self.ends = np.cumsum([part.count for part in parts])
         self._readers: dict[int, Any] = {}
-        self._opening = threading.Lock()
 
-    def __reduce__(self) -> Any:  # readers and locks cannot be pickled
+    def __reduce__(self) -> Any:  # readers cannot be pickled
         return Shards, (self.parts, self.advice, self.title)
 
     def __len__(self) -> int:
@@ -119,21 +117,20 @@ class Shards:
             raise self.damage(int(row), error) from error
 
     def _reader(self, index: int) -> Any:
-        with self._opening:
-            if index not in self._readers:
-                from array_record.python.array_record_module import ArrayRecordReader
-
-                part = self.parts[index]
-                # A large buffer would be filled anew for every record.
-                reader = ArrayRecordReader(
-                    part.file, options="readahead_buffer_size:0", file_reader_buffer_size=32768
-                )
-                if not reader.ok() or (has := reader.num_records()) < part.first + part.count:
-                    what = f"{has} records" if reader.ok() else "none that can be read"
-                    row = int(self.ends[index]) - part.count
-                    raise self.damage(row, f"the file has {what}, not {part.first + part.count}")
-                self._readers[index] = reader
+        if index in self._readers:
             return self._readers[index]
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        part = self.parts[index]
+        # A large buffer would be filled anew for every record.
+        reader = ArrayRecordReader(
+            part.file, options="readahead_buffer_size:0", file_reader_buffer_size=32768
+        )
+        if not reader.ok() or (has := reader.num_records()) < part.first + part.count:
+            what = f"{has} records" if reader.ok() else "none that can be read"
+            row = int(self.ends[index]) - part.count
+            raise self.damage(row, f"the file has {what}, not {part.first + part.count}")
+        return self._readers.setdefault(index, reader)  # of two threads the first one's stays
 
 
 @cache
