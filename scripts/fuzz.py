@@ -502,6 +502,36 @@ def tfds(folder: Path) -> Target:
     return case, read, (described[0], good[described[0]])
 
 
+def images(folder: Path) -> Target:
+    """Files of images, of the five kinds that a folder may hold."""
+    from PIL import Image
+
+    from jaxeco.data import ImageFolder
+
+    (folder / "images" / "a").mkdir(parents=True)
+    picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    good = {}
+    for kind in ("png", "jpg", "bmp", "gif", "webp"):
+        file = io.BytesIO()
+        picture.save(file, {"jpg": "jpeg"}.get(kind, kind))
+        good[kind] = file.getvalue()
+    case = st.sampled_from(list(good)).flatmap(
+        lambda kind: st.tuples(st.just(kind), damaged(good[kind]))
+    )
+
+    def read(case: tuple[str, bytes]) -> None:
+        kind, data = case
+        path = folder / "images" / "a" / f"one.{kind}"
+        try:
+            path.write_bytes(data)
+            opened = ImageFolder(str(folder / "images"), 4, split="all").open()
+            opened.fields["x"][np.arange(1)]
+        finally:
+            path.unlink()
+
+    return case, read, ("png", good["png"])
+
+
 def safetensors(folder: Path) -> Target:
     """A file of weights."""
     from jaxeco import trees
@@ -569,6 +599,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "jsonl": jsonl,
     "cache": cache,
     "tfds": tfds,
+    "images": images,
     "safetensors": safetensors,
     "records": records,
 }

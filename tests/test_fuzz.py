@@ -42,7 +42,7 @@ def test_every_target_is_tried(fuzz) -> None:
 
 TARGETS = (
     *("overrides", "checkpoints", "tokenizers", "jsonl"),
-    *("cache", "tfds", "safetensors", "records"),
+    *("cache", "tfds", "images", "safetensors", "records"),
 )
 
 
