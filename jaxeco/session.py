@@ -130,6 +130,8 @@ def check_alike(p: Plan, words: dict[str, Any]) -> None:
 
     Otherwise they would wait for each other where only some of them come.
     """
+    if (n := jax.process_count()) > hosts.count():
+        raise UserError(f"this is one of {n} hosts of a pod: start it on all, with --multihost")
     data = {split: d.fingerprint for split, d in {"train": p.train, **p.evals}.items()}
     ours = json.loads(json.dumps(flatten(describe(p.ex)) | words | {"data": data}))
     theirs = hosts.from_first(ours)
@@ -215,6 +217,9 @@ def diverged(error: Diverged, checkpoints: Checkpoints, folder: Path) -> Diverge
     advice = "try a lower learning rate, or clip_norm=1"
     if error.step == 0:
         advice = "no update came before it: look at the inputs, the labels and the initialisation"
+    if error.training:
+        replay = f"python -m jaxeco.replay {folder} {error.step + 1} --check"
+        advice += f"; {replay} names the operation that went bad first"
     return Diverged(
         f"{error}; {last}; the state of step {step} is kept in {aside}; {advice}", error.step
     )
