@@ -282,8 +282,6 @@ def fit(
         stretch.steps(plan.steps_per_epoch)
         for stretch in (ex.eval_every, ex.save_every, ex.log_every)
     )
-    # a call ends on these grids, so that a resumed run makes the same calls
-    grids = (every_eval, every_save, ex.steps_per_call)
     end = min(plan.steps, stop_at or plan.steps)
     call, feed = plan.compiled(), plan.feed()
     evaluators = plan.evaluators()
@@ -350,7 +348,7 @@ def fit(
                 if done:
                     checkpoints.wait()
                     return state
-                n = min(end, *((step // grid + 1) * grid for grid in grids)) - step
+                n = call_length(plan, step, end)
                 state, sums = call(state, feed.resident, watch.fed(step + offset, n))
                 watch.called(step, n, sums)
                 if step == first:  # rates count from here, when it is compiled and has run once
@@ -373,6 +371,16 @@ def fit(
             pending.clear()
             step, offset = int(state.step), int(state.offset)
             first = seen = step
+
+
+def call_length(plan: Plan, step: int, end: int) -> int:
+    """How many steps the call from `step` on takes, in a run to `end`.
+
+    It ends where an evaluation or a checkpoint is due, so that a resumed run makes the same calls.
+    """
+    ex, epoch = plan.ex, plan.steps_per_epoch
+    grids = (ex.eval_every.steps(epoch), ex.save_every.steps(epoch), ex.steps_per_call)
+    return min(end, *(step - step % grid + grid for grid in grids)) - step
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def claimed(name: str, workdir: Path | None, resume: bool) -> Iterator[Path]:
             return [str(folder), str(folder.absolute())]
 
         ours, absolute = hosts.led(claim)
-        folder = Path(ours if hosts.first() else absolute)
+        folder = Path(ours if hosts.count() == 1 else absolute)
         _check_shared(folder)
         yield folder
 
@@ -83,7 +83,7 @@ def claimed(name: str, workdir: Path | None, resume: bool) -> Iterator[Path]:
 def _check_shared(folder: Path) -> None:
     """Raises UserError, on all processes, unless all of them see the first's lock in the folder."""
     expected = hosts.from_first(_text(folder / LOCK))
-    deadline = time.monotonic() + 10  # a network's file system may show a new file late
+    deadline = time.monotonic() + 70  # s: so long a network's file system may know old contents
     while (seen := _text(folder / LOCK) == expected) is False and time.monotonic() < deadline:
         time.sleep(0.2)
     everyone = enumerate(hosts.gather([seen, platform.node()]))
@@ -133,6 +133,7 @@ def locked(folder: Path) -> Iterator[None]:
         with _writing(folder):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+            os.fsync(descriptor)  # so that other hosts may read it
         yield
     finally:
         os.close(descriptor)
@@ -154,10 +155,9 @@ def record(folder: Path, loaded: Loaded, **facts: Any) -> list[str]:
         "command": ["python", "-m", "jaxeco.run", *sys.argv[1:]],
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in PACKAGES},
         "xla_flags": os.environ["XLA_FLAGS"] if "XLA_FLAGS" in os.environ else "",
         "git": _git(loaded.path.parent),
-        "code": {"experiment": _digest(texts), "jaxeco": _digest(_package())},
+        **code(loaded),
         **facts,
     }
     path, notes, target = folder / RECORD, [], folder
@@ -170,14 +170,11 @@ def record(folder: Path, loaded: Loaded, **facts: Any) -> list[str]:
     if path.exists():
         try:
             contents = json.loads(path.read_text())
-            before = contents["sessions"][-1]
-            for kind in ("versions", "code"):
-                changed = [k for k, v in session[kind].items() if before[kind][k] != v]
-                if changed:
-                    notes.append(
-                        f"{' and '.join(changed)} changed since this run's last session:"
-                        " it goes on, but not to the bit as it would have"
-                    )
+            if changed := changes(contents["sessions"][-1], session):
+                notes.append(
+                    f"{' and '.join(changed)} changed since this run's last session:"
+                    " it goes on, but not to the bit as it would have"
+                )
             target = folder / f"session-{len(contents['sessions']) + 1}"
         except (ValueError, LookupError, TypeError) as error:
             notes.append(f"{path} is damaged ({error}); it is set aside as {RECORD}.damaged")
@@ -190,6 +187,20 @@ def record(folder: Path, loaded: Loaded, **facts: Any) -> list[str]:
                 _write(target / name, text)
         _write(path, json.dumps(contents, indent=2) + "\n")
     return notes
+
+
+def code(loaded: Loaded) -> dict[str, dict[str, str | None]]:
+    """What computes: versions of packages, and digests of the experiment's and of our own code."""
+    return {
+        "versions": {name: _version(name) for name in PACKAGES},
+        "code": {"experiment": _digest(_sources(loaded)), "jaxeco": _digest(_package())},
+    }
+
+
+def changes(before: dict[str, Any], session: dict[str, Any]) -> list[str]:
+    """Names of what `code` tells, where two sessions differ."""
+    both = [(session[kind], before[kind]) for kind in ("versions", "code")]
+    return [name for now, then in both for name, value in now.items() if then[name] != value]
 
 
 def _sources(loaded: Loaded) -> dict[str, str]:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxeco"
 
 # From top to bottom. A module may import from the floors below its own.
 FLOORS = [
-    ["run", "weights", "sample", "prepare", "doctor", "verify"],
+    ["run", "weights", "sample", "replay", "prepare", "doctor", "verify"],
     ["session", "command"],
     ["fit"],
     ["evaluate", "train", "pretrained", "watch"],
@@ -18,8 +18,8 @@ FLOORS = [
     ["config"],
     ["experiment"],
     ["optim", "data", "models", "losses", "ranking", "ondisk"],
-    ["metrics", "schedules"],
-    ["axes", "hosts", "runtime", "storage", "trees"],
+    ["metrics", "schedules", "sharding"],
+    ["axes", "culprit", "hosts", "runtime", "storage", "trees"],
     ["errors"],
 ]
 HEIGHT = {name: -floor for floor, names in enumerate(FLOORS) for name in names}
