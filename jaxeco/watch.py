@@ -144,7 +144,7 @@ class Watch:
                 f"compiled anew {len(self._again)} times, {sum(self._again):.1f} s in all: give"
                 " what varies in shape one shape, by padding"
             )
-        if self._total_waited > NOTICED * self._total:
+        if self._total_waited > max(1.0, NOTICED * self._total):
             gib = self._feed.dataset.nbytes / 2**30
             self._log.note(
                 f"{self._total_waited / self._total:.0%} of the training time went by waiting for"
