@@ -2,7 +2,7 @@
 
 `join` comes before anything else of JAX. First a roll call at the coordinator's address, so that
 whoever is missing can be named; then `jax.distributed`. From then on two threads watch: a process
-that is gone, or that fails alone, ends all others within `timeout` seconds, wherever they wait.
+that is gone, or that fails alone, ends all others within a minute or so, wherever they wait.
 
 What XLA does by itself is kept as the last resort: it aborts a process with a stack trace.
 """
@@ -24,7 +24,8 @@ from typing import Any, NoReturn, Self
 from jaxeco import hosts
 from jaxeco.errors import UserError
 
-TIMEOUT = 60  # s
+TIMEOUT = 60  # s that a process has to arrive
+SILENCE = 60  # s without a sign of life, at most, after which a process counts as gone
 GRACE = 5.0  # s that an error waits for the same error of the others
 FAILED = "jaxeco/failed"  # the key under which a process says that it fails alone
 
@@ -69,6 +70,7 @@ class Place:
         Raises:
           UserError: it finds nothing.
         """
+        _hush()
         from jax._src.clusters import ClusterEnv
 
         try:
@@ -106,8 +108,6 @@ def join(place: Place, timeout: int = TIMEOUT) -> None:
     else:
         answer_roll(place, timeout)
     _initialize(place, timeout)
-    global _timeout
-    _timeout = timeout
     for watch in (_watch_lives, _watch_failures):
         threading.Thread(target=watch, daemon=True).start()
 
@@ -237,10 +237,12 @@ def _open(caller: socket.socket) -> bool:
 
 
 def _initialize(place: Place, timeout: int) -> None:
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # of a lost process we speak ourselves
+    _hush()
     import jax
     from jax._src import distributed
 
+    global _silence
+    _silence = min(timeout, SILENCE)
     # Its handler of SIGTERM is replaced by Python's, and so never hears of one: see interrupt.py.
     jax.config.update("jax_enable_preemption_service", False)
     # One process's death is not an error that XLA raises in all: `_watch_lives` says who it was.
@@ -254,7 +256,7 @@ def _initialize(place: Place, timeout: int) -> None:
             place.count,
             place.index,
             initialization_timeout=timeout,
-            heartbeat_timeout_seconds=timeout,
+            heartbeat_timeout_seconds=_silence,
         )
     except RuntimeError as error:
         distributed.global_state.num_processes = 1  # alone, as before
@@ -264,6 +266,11 @@ def _initialize(place: Place, timeout: int) -> None:
         ) from error
     finally:
         distributed._jax = real
+
+
+def _hush() -> None:
+    """No errors from XLA's log, before it is loaded: of a lost process we speak ourselves."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 class _Calling:
@@ -315,7 +322,7 @@ def _watch_lives() -> None:
         except Exception:  # the first is gone, which `lost` says, or this process is leaving
             return
         if gone := [i for i in everyone if i not in alive]:
-            _end(f"{_named(gone, len(everyone))} gave no sign of life for {_timeout} s; {AGAIN}")
+            _end(f"{_named(gone, len(everyone))} gave no sign of life for {_silence} s; {AGAIN}")
         time.sleep(1)
 
 
@@ -336,7 +343,7 @@ def _watch_failures() -> None:
 
 # what XLA raises where another process has left a collective operation
 LOST = re.compile("(?i)gloo|nccl|connection|unavailable|peer|deadline|heartbeat|aborted")
-_timeout = 0.0  # s, of `join`
+_silence = SILENCE  # as `join` has set it
 _ending = threading.Lock()  # held by the one that ends the process
 _over: int | None = None  # the exit status, once this process is through
 
@@ -382,7 +389,7 @@ def fail(text: str, status: int, trace: str = "") -> NoReturn:
     i, n = hosts.index(), hosts.count()
     said = _errors_of_all(text)
     if len(said) < n and LOST.search(text):  # perhaps another's end, as it shows here
-        time.sleep(_timeout + GRACE)  # until `_watch_lives` knows who it was, and says so
+        time.sleep(_silence + GRACE)  # until `_watch_lives` knows who it was, and says so
     if len(said) < n or said["jaxeco/errors/0"] != text:
         alone = text.removeprefix("error: ")
         print(f"{trace}error: process {i} of {n}: {alone}", file=sys.stderr)

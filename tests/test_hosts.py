@@ -404,6 +404,7 @@ def test_words_that_make_no_sense(
 ) -> None:
     for variable in ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "JAX_COORDINATOR_ADDRESS"):
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")  # afterwards as before
     with pytest.raises(UserError, match=message):
         run.main(["experiments/digits_mlp.py", *words])
 
@@ -417,6 +418,7 @@ def test_a_process_of_slurm_knows_its_place(monkeypatch: pytest.MonkeyPatch) -> 
         "LOCALID": "0",
     }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")  # afterwards as before
     place = Place.detect(5)
     assert (place.host, place.index, place.count) == ("node03", 1, 2)
 
