@@ -186,7 +186,7 @@ def _places(document: Any) -> Iterator[tuple[Any, Any]]:
 def altered(draw: Any, document: Any) -> Any:
     """`document` with one to three of its parts replaced, removed, renamed or exchanged."""
     whole = [copy.deepcopy(document)]
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.sampled_from([1, 1, 2, 3]))):
         places = list(_places(whole))
         parent, key = places[draw(st.integers(0, len(places) - 1))]
         match draw(st.sampled_from(["alike", "alike", "replace", "remove", "rename", "copy"])):
@@ -225,11 +225,19 @@ def damaged(draw: Any, data: bytes) -> bytes:
     return data
 
 
+def often(weights: dict[st.SearchStrategy[Any], int]) -> st.SearchStrategy[Any]:
+    """One of several, each as often as its weight says."""
+    return st.sampled_from([s for s, weight in weights.items() for _ in range(weight)]).flatmap(
+        lambda strategy: strategy
+    )
+
+
 def texts_of(document: Any) -> st.SearchStrategy[bytes]:
     """JSON like `document`, and what was JSON once."""
     raw = json.dumps(document).encode()
     dumped = altered(document).map(lambda d: json.dumps(d).encode())
-    return st.one_of(dumped, dumped, damaged(raw), st.sampled_from([b"", DEEP, b"null", b"\xff"]))
+    lost = st.sampled_from([b"", DEEP, b"null", b"\xff"])
+    return often({dumped: 8, damaged(raw): 2, lost: 1})
 
 
 # Targets: each makes good files in a folder, and gives what may become of them and who reads it
@@ -334,22 +342,22 @@ def tokenizers(folder: Path) -> Target:
         *(json.loads(library.to_str()) for library in (byte_pairs, unigram, pieces)),
     ]
     ours = {"jaxeco_tokenizer": "sentencepiece"}
-    case = st.one_of(
-        st.sampled_from(documents).flatmap(texts_of),
-        damaged(model),
-        damaged(model).map(
-            lambda data: json.dumps(ours | {"model": base64.b64encode(data).decode()}).encode()
-        ),
+    inside = damaged(model).map(
+        lambda data: json.dumps(ours | {"model": base64.b64encode(data).decode()}).encode()
     )
+    described = st.sampled_from(documents).flatmap(texts_of)
+    case = often({described: 8, damaged(model): 1, inside: 1})
 
-    def read(data: bytes) -> None:
+    def read(case: tuple[bytes, str]) -> None:
+        data, text = case
         path = folder / "tokenizer.json"
         path.write_bytes(data)
         tokenizer = load_tokenizer(path)
-        tokenizer.decode(tokenizer.encode("ab ba\0é"))
         tokenizer.token_bytes()
+        tokenizer.decode(tokenizer.encode(text))
 
-    return case, read, json.dumps(documents[3]).encode()
+    texts = st.sampled_from(["", "abba", "ab ba\0é\u2581"])
+    return st.tuples(case, texts), read, (json.dumps(documents[3]).encode(), "abba")
 
 
 def jsonl(folder: Path) -> Target:

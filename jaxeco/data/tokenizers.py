@@ -39,6 +39,7 @@ _SEPARATORS = (SPECIALS[0], "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _PADS = (SPECIALS[1], "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
 _MASKS = (SPECIALS[2], "<mask>", "[MASK]")
 
+_LARGEST = 2**24  # tokens of a vocabulary that others describe
 _PIECE = 2**13  # characters encoded as one, more where no space is found
 _GROUP = 256  # pieces handed over at once: what they become takes some 200 bytes a token
 _SPACE = re.compile(r"(?<=\S)(?=[ \n])")
@@ -288,6 +289,8 @@ class _HuggingFace(Tokenizer):
         self._library.no_padding()
         vocab = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > _LARGEST:  # gaps in a vocabulary take memory, too
+            raise ValueError(f"its largest token is {self.vocab_size - 1}, expected < {_LARGEST}")
         self.separator, self.pad, self.mask = _specials(vocab)
 
     def token_bytes(self) -> np.ndarray:
