@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from jaxeco import hosts
+from jaxeco import hosts, storage
 from jaxeco.config import Loaded, describe, load
 from jaxeco.errors import UserError
 
@@ -253,6 +253,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
         _write(folder / "result.json", json.dumps(result, indent=2) + "\n")
 
 
+@storage.persistent
 def _write(path: Path, text: str) -> None:
     """Whole or not at all, however the process ends."""
     part = path.with_name(f".{path.name}.part")

@@ -25,7 +25,7 @@ from typing import Any, Self, TextIO
 
 import numpy as np
 
-from jaxeco import hosts
+from jaxeco import hosts, storage
 from jaxeco.errors import UserError
 
 FILE = "metrics.jsonl"
@@ -206,7 +206,7 @@ class Log:
         line |= {name: _plain(np.asarray(value).tolist()) for name, value in values.items()}
         with self._writing():
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
+            storage.persistent(self._file.flush)()
         if self._events is not None:
             for name, value in values.items():
                 if np.ndim(value) == 0:
@@ -320,6 +320,7 @@ def _lines(path: Path) -> list[dict[str, Any]] | None:
     return lines
 
 
+@storage.persistent
 def _cut(path: Path, first_step: int) -> list[dict[str, Any]]:
     """Drops from the file what lies beyond `first_step`, and returns what stays."""
     lines = _lines(path)
