@@ -225,6 +225,8 @@ def _mend(facts: Facts) -> str:
         return "; take the flag out of XLA_FLAGS"
     if facts.tpu_holders or facts.tpu_lock:
         return "; see what is said of the TPU below"
+    if facts.tpus and "in use" in said:
+        return "; by another user's process: sudo lsof -w /dev/accel* /dev/vfio/* names it"
     if facts.pod_hosts > 1:
         return "; of a pod JAX starts on all hosts at once: run this on all of them together"
     if facts.gpus or facts.tpus:

@@ -109,6 +109,11 @@ CASES = {  # what is changed: (the one finding that is not ok, words of it)
         "error",
         "kill 4711",
     ),
+    "tpu taken by another user": (
+        {"tpus": 4, "probe": Probe(problem="The TPU is already in use by a process")},
+        "error",
+        "sudo lsof",
+    ),
     "tpu locked": ({"tpu_lock": "/tmp/libtpu_lockfile"}, "error", "sudo rm /tmp/libtpu_lockfile"),
     "pod": ({"tpus": 4, "pod_hosts": 4, "probe": Probe((V4,))}, "warning", POD),
     "pod, one host alone": (HANGS | {"pod_hosts": 4}, "error", "on all of them together"),
