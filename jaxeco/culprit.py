@@ -121,7 +121,11 @@ def _inside(
         return _walk(jaxpr, consts, values, roots, stack, suspects)
 
     if name == "scan":
-        c, k = params["num_consts"], params["num_carry"]
+        body = getattr(params["jaxpr"], "jaxpr", params["jaxpr"])
+        # constants, carried, scanned: only what is scanned has an axis less inside. By that they can
+        # be told apart in every version of JAX.
+        k = _alike(eqn.outvars, body.outvars)
+        c = _alike(eqn.invars, body.invars) - k
         carried, carried_roots, seen = list(values[c : c + k]), list(roots[c : c + k]), None
         steps = range(params["length"])
         for i in reversed(steps) if params["reverse"] else steps:
@@ -153,6 +157,11 @@ def _inside(
             if (len(jaxpr.invars), len(jaxpr.outvars)) == (len(eqn.invars), len(eqn.outvars)):
                 return walk(inner, values, roots)[1]
     return None
+
+
+def _alike(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """How many have as many axes outside as inside."""
+    return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))
 
 
 def _first(before: Origins, now: Origins) -> Origins:
