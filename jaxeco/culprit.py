@@ -122,8 +122,8 @@ def _inside(
 
     if name == "scan":
         body = getattr(params["jaxpr"], "jaxpr", params["jaxpr"])
-        # constants, carried, scanned: only what is scanned has an axis less inside. By that they can
-        # be told apart in every version of JAX.
+        # constants, carried, scanned: only what is scanned has an axis less inside, which tells
+        # them apart in every version of JAX
         k = _alike(eqn.outvars, body.outvars)
         c = _alike(eqn.invars, body.invars) - k
         carried, carried_roots, seen = list(values[c : c + k]), list(roots[c : c + k]), None
