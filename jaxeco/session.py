@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxeco import axes, hosts, parallel, plots, sharding
 from jaxeco import folder as folders
-from jaxeco import hosts, parallel, plots, sharding
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.config import Loaded, describe, flatten
 from jaxeco.data.dataset import Dataset
@@ -22,7 +23,7 @@ from jaxeco.experiment import IDENTITY, Experiment
 from jaxeco.fit import Diverged, Plan, fingerprint, fit, plan, shapes, stalled
 from jaxeco.forward import predict
 from jaxeco.interrupt import Interrupt
-from jaxeco.log import Log, read_metrics
+from jaxeco.log import Log, read_metrics, table
 from jaxeco.train import State, train_step
 from jaxeco.trees import named
 
@@ -99,9 +100,11 @@ def dry_run(loaded: Loaded) -> int:
     p = plan(loaded.experiment)
     if not hosts.first():
         return 0
-    state, batch = jax.eval_shape(p.init), shapes(p.train, p.ex.batch)
-    step = jax.jit(p.step, donate_argnums=0).lower(state, batch)
-    memory: Any = step.compile().memory_analysis()
+    state, batch = p.abstract_state(), shapes(p.train, p.ex.batch)
+    shared = NamedSharding(p.mesh, PartitionSpec(axes.BATCH))
+    step = jax.jit(p.step, in_shardings=(p.shardings, shared), donate_argnums=0)
+    with jax.sharding.use_abstract_mesh(p.mesh.abstract_mesh):
+        memory: Any = step.lower(state, batch).compile().memory_analysis()
     held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     for path, value in flatten(describe(loaded.experiment)).items():
         shown = ",".join(map(str, value)) or "()" if isinstance(value, list) else value
@@ -111,10 +114,12 @@ def dry_run(loaded: Loaded) -> int:
         "steps": f"{p.steps:,} ({p.steps_per_epoch:,} an epoch)",
         "FLOPs a step": f"{flops(p):.3g}",
         "memory a step": f"{_size(held + temporary)}: {_size(held)} for state and batch,"
-        f" {_size(temporary)} while it runs",
+        f" {_size(temporary)} while it runs" + ", on each device" * (p.mesh.size > 1),
         "memory of the data": _size(sum(d.nbytes for d in (p.train, *p.evals.values()))),
     }
     print("", *(f"{name:<28} {text}" for name, text in rows.items()), sep="\n")
+    if p.mesh.size > 1:
+        print("", table(*shared_out(p)), sep="\n")
     return 0
 
 
@@ -186,12 +191,12 @@ def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -
 def shared_out(p: Plan) -> tuple[str, list[Row]]:
     """What is split how over the devices, and what that comes to on each: a title and rows."""
     found = sharding.table(p.abstract_state())
-    axes = ", ".join(f"{axis}:{n}" for axis, n in p.mesh.shape.items() if n > 1)
+    used = ", ".join(f"{axis}:{n}" for axis, n in p.mesh.shape.items() if n > 1)
     rows: list[Row] = [("state", "shape", "split over", "has", "of")]
     rows += [(*row[:3], _size(row[3]), _size(row[4])) for row in found]
-    here, everywhere = (sum(row[i] for row in found) for i in (3, 4))
+    here, everywhere = sum(row[3] for row in found), sum(row[4] for row in found)
     rows.append(("all", "", "", _size(here), _size(everywhere)))
-    return f"on each of {p.mesh.size} devices, {axes}", rows
+    return f"on each of {p.mesh.size} devices, {used}", rows
 
 
 def ending(p: Plan, first: int, step: int, interrupt: Interrupt, log: Log) -> str:
