@@ -208,9 +208,12 @@ class Log:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             storage.persistent(self._file.flush)()
         if self._events is not None:
-            for name, value in values.items():
-                if np.ndim(value) == 0:
-                    self._events.add_scalar(f"{split}/{name}", float(value), step)
+            scalars = {f"{split}/{k}": float(v) for k, v in values.items() if np.ndim(v) == 0}
+            try:
+                self._events.write(step, scalars)
+            except OSError as error:
+                self._events = None
+                self.warn(f"TensorBoard's events end at step {step:,}: {error.strerror}")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -359,10 +362,39 @@ def _events(folder: Path, first_step: int, wanted: bool | None) -> Any:
         return None
     if not _installed():
         raise UserError("TensorBoard events need tensorboardX: pip install tensorboardX")
-    from tensorboardX import SummaryWriter
+    with storage.explained(f"cannot write {folder}"):
+        return _Events(folder, first_step)
 
-    # Readers drop what an earlier attempt wrote beyond the restored step.
-    return SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=10)
+
+class _Events:
+    """Events in a file of their own, written at once.
+
+    tensorboardX's SummaryWriter hands them to a thread, which ends at the first error of storage;
+    and then whoever goes on to fill its queue waits for ever.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._event, self._scalar = Event, summary.scalar
+        storage.make_folder(folder)
+        self._file = EventsWriter(str(folder / "events"))
+        # Readers drop what an earlier attempt wrote beyond the restored step.
+        start = SessionLog(status=SessionLog.START)
+        after = Event(wall_time=time.time(), step=first_step + 1, session_log=start)
+        self._file.write_event(after)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            summary = self._scalar(name, value)
+            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self._file.flush()
+
+    def close(self) -> None:
+        with suppress(OSError):  # every event was flushed, and complained of if it could not be
+            self._file.close()
 
 
 # The terminal

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -287,6 +288,8 @@ def _orbax() -> Any:
 
     for chatter in (logging.getLogger("absl"), logging.getLogger("asyncio")):
         chatter.addFilter(_not_orbax)
+    # one that fails leaves others unused
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
     shown = sys.unraisablehook
     sys.unraisablehook = lambda seen: None if _too_late(seen.exc_value) else shown(seen)
     return ocp
@@ -298,8 +301,9 @@ def _too_late(error: BaseException | None) -> bool:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs its progress, and the tracebacks of errors that it raises as well."""
-    return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+    """Orbax logs its progress, and the errors of its writes beside raising one of them."""
+    said = record.pathname + record.getMessage()
+    return "orbax" not in said and "exception was never retrieved" not in said
 
 
 def _run(work: Any) -> Any:

@@ -59,6 +59,8 @@ def reason(error: BaseException) -> str:
 def _number(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno:
         return error.errno
+    if isinstance(error, TimeoutError):  # orbax makes its own of one that had the number
+        return errno.ETIMEDOUT
     # so tensorstore puts it, in a ValueError, after much else
     system = re.search(r"os_error_code='(\d+)'", str(error))
     return int(system[1]) if system else None

@@ -2,7 +2,7 @@
 
    FAULTS_FOLDER  calls on files below it fail now and then
    FAULTS_ONE_IN  one in so many, with EIO, ESTALE or ETIMEDOUT; which ones follows from FAULTS_SEED
-   FAULTS_CLOCK   the clock on the wall jumps, every half second, by up to so many seconds to and fro
+   FAULTS_CLOCK   the clock on the wall jumps by so many seconds, FAULTS_AFTER ms after the start
 
    Python, and the C++ below orbax, go through libc alike. */
 
@@ -92,12 +92,17 @@ ON_FILE(ssize_t, pread64, (int file, void *bytes, size_t n, off64_t at), (file, 
 ON_FILE(int, fsync, (int file), (file))
 ON_FILE(int, fdatasync, (int file), (file))
 
-static long jump(void) {
-  long most = number("FAULTS_CLOCK");
-  if (!most) return 0;
+static long milliseconds(void) {
   struct timespec now;
   REAL(clock_gettime)(CLOCK_MONOTONIC, &now);
-  return (long)(mix(2 * now.tv_sec + now.tv_nsec / 500000000) % (2 * most)) - most;
+  return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+static long start;
+__attribute__((constructor)) static void begin(void) { start = milliseconds(); }
+
+static long jump(void) {
+  return milliseconds() - start >= number("FAULTS_AFTER") ? number("FAULTS_CLOCK") : 0;
 }
 
 int clock_gettime(clockid_t clock, struct timespec *now) {
