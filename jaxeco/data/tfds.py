@@ -319,7 +319,7 @@ def _builder(data_set: str, data_dir: str | os.PathLike[str] | None) -> Any:
 def feature(builder: Any, name: str) -> Any:
     """A feature by its name; UserError if there is none."""
     features = builder.info.features
-    if not isinstance(features, Mapping):
+    if not hasattr(features, "keys"):
         raise UserError(f"{title_of(builder)} is a set of {features}, expected features by name")
     if name not in features:
         near = _nearest(name, features)
