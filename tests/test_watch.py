@@ -15,7 +15,7 @@ import pytest
 from jaxeco import data, losses, metrics, models, optim
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.data.pipeline import Feed, Fields
-from jaxeco.experiment import Experiment, Steps
+from jaxeco.experiment import Experiment, Guard, Steps
 from jaxeco.fit import fit, plan
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics
@@ -129,6 +129,27 @@ def test_a_run_compiles_nothing_anew_unless_a_metric_makes_it(tmp_path: Path) ->
     said = trained(tmp_path / "b", eval_metrics=(Varying(),))
     assert said.count("compiled anew after step") == 2  # the evaluations after the first
     assert "for an evaluation: jit(cumsum)" in said and "[2] (was float" in said
+
+
+def test_a_call_moves_nothing_to_the_device_but_what_it_is_fed() -> None:
+    ex = Experiment(
+        name="test",
+        train=data.Arrays(X, Y),
+        evals={},
+        model=models.MLP(widths=(4,), num_classes=2, dropout=0.5, batch_norm=True),
+        loss=losses.SoftmaxCrossEntropy(),
+        optimizer=optim.Adam(lr=0.01),
+        batch=8,
+        length=Steps(9),
+        guard=Guard("skip", factor=10),
+    )
+    p = plan(ex, jax.devices()[:1])
+    call, feed, state = p.compiled(), p.feed(), p.start()
+    fed = jax.device_put(feed.fed(0))
+    with jax.transfer_guard("disallow"):
+        state, _ = call(state, feed.resident, fed)
+        with pytest.raises(Exception, match="isallowed host-to-device"):
+            call(state, feed.resident, feed.fed(1))
 
 
 class Slow(Feed):
