@@ -257,6 +257,13 @@ class Checkpoints:
                 storage.remove(path.with_name(f"{path.name}.damaged"))
                 storage.rename(path, path.with_name(f"{path.name}.damaged"))
         path, about = found
+        theirs = {name for name, value in about.description.items() if value is not None}
+        if gone := sorted(theirs - self._description.keys()):
+            raise UserError(
+                f"{path} was written with {', '.join(gone)}, which this jaxeco does not have: go on"
+                " with the version that run.json names, or set start_from to train on from its"
+                " weights"
+            )
         _refuse(
             f"{path} belongs to another experiment",
             about.description,

@@ -19,7 +19,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -247,11 +247,18 @@ def read(path: Path, about: About, wanted: Mapping[str, Any]) -> dict[str, Any]:
             )
     if item:
         args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-        result |= _handler().restore(epath.Path(path / "state"), args=args)
+        result |= _handler(_at_once(about, item)).restore(epath.Path(path / "state"), args=args)
     for name in item:
         if "impl" in (spec := about.arrays[name]):
             result[name] = jax.random.wrap_key_data(jnp.asarray(result[name]), impl=spec["impl"])
     return result
+
+
+def _at_once(about: About, names: Iterable[str]) -> float:
+    """How many GB to have in the host's memory on their way to the devices: the largest arrays."""
+    specs = [about.arrays[name] for name in names]
+    items = [math.prod(spec["shape"]) for spec in specs]
+    return max(1.0, 2 * 8 * max(items) / 1e9)  # of at most 8 bytes; orbax refuses what is beyond
 
 
 def _filled(spec: Spec, leaf: Any) -> Any:
@@ -312,7 +319,7 @@ def _run(work: Any) -> Any:
     return asyncio.run(work)
 
 
-def _handler() -> Any:
+def _handler(read_gb: float = 1.0) -> Any:
     """Orbax's writer and reader by itself, without the barriers and time limits it is given.
 
     `finish` is called when all have written. And a time limit is in seconds of a clock on the wall,
@@ -330,4 +337,5 @@ def _handler() -> Any:
             (jax.Array, arrays), (np.ndarray, numpy)
         ),
         use_compression=False,  # saves a tenth of the bytes, for the price of a core
+        restore_concurrent_gb=read_gb,
     )

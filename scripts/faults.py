@@ -234,7 +234,9 @@ def kill(trials: Trials, row: Row) -> None:
     folder, going = trials.victim, False
     while not going:
         before, run = newest(folder), Run(folder, *LONG)
-        time.sleep(trials.random.uniform(1.0, 6.0))  # a start takes about 3 s
+        if row.tried % 4:  # else while it starts, or soon after
+            run.until(lambda before=before: newest(trials.victim) > before)
+        time.sleep(trials.random.uniform(0, 4))
         if row.tried % 2:
             run.until(lambda: saving(trials.victim))
         going = run.going

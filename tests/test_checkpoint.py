@@ -351,6 +351,14 @@ def test_another_experiment_is_refused_with_the_difference(tmp_path):
     assert (tmp_path / "1").exists()
 
 
+def test_a_field_that_no_longer_exists_is_one_line(tmp_path):
+    with Checkpoints(tmp_path, description=EXPERIMENT | {"sam": 0.1, "off": None}) as checkpoints:
+        checkpoints.save(make_state(1))
+    with Checkpoints(tmp_path, description=EXPERIMENT) as checkpoints:
+        with pytest.raises(UserError, match=r"^\S+/1 was written with sam, which .*start_from.*$"):
+            checkpoints.restore(abstract(make_state()))
+
+
 def test_a_long_difference_is_cut_short(tmp_path):
     with Checkpoints(tmp_path, description={f"x{i}": i for i in range(20)}) as checkpoints:
         checkpoints.save({"w": jnp.ones(1)}, step=1)
