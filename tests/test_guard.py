@@ -33,7 +33,7 @@ def experiment(x: np.ndarray = X, **changes: Any) -> Experiment:
         name="test",
         seed=7,
         train=data.Arrays(x, Y),
-        evals={"test": data.Arrays(X[8:24], Y[8:24])},
+        evals={},
         model=models.MLP(widths=(8,), num_classes=2, dropout=0.25, batch_norm=True),
         loss=losses.SoftmaxCrossEntropy(),
         optimizer=optim.Adam(lr=0.01),
@@ -159,7 +159,8 @@ def test_a_roll_back_passes_over_the_batches_up_to_the_bad_one(tmp_path: Path) -
 
 
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path: Path) -> None:
-    ex = experiment(guard=Guard("rollback"))
+    test = data.Arrays(X[8:24], Y[8:24])
+    ex = experiment(guard=Guard("rollback"), evals={"test": test})
     whole = train(tmp_path / "whole", ex)
     with pytest.raises(Killed):  # after the roll-back to step 0, before a checkpoint
         train(tmp_path / "parts", ex, kill_at=2)
