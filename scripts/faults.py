@@ -40,7 +40,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "docs" / "reliability.md"
 SAVE_EVERY = 22  # steps: an epoch
-LONG = ("epochs=1500", "eval_every.count=20")  # for what is interrupted often
+LONG = ("epochs=300", "eval_every.count=20")  # for what is interrupted often
 SHORT = ("epochs=40", "eval_every.count=10", "eval_batch=4")  # its evaluations take a while
 WORDS = ("save_every.count=1", "steps_per_call=1", "log_every.count=1")
 PATIENCE = 300  # seconds after which a run counts as hanging
