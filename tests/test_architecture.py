@@ -13,13 +13,12 @@ FLOORS = [
     ["session", "command"],
     ["fit"],
     ["evaluate", "train", "pretrained", "watch"],
-    ["cluster", "guard", "generate", "forward", "parallel", "checkpoint", "log", "plots"]
-    + ["folder", "interrupt"],
+    "cluster guard generate forward parallel checkpoint log plots folder interrupt".split(),
     ["config"],
     ["experiment"],
     ["optim", "data", "models", "losses", "ranking", "ondisk"],
     ["metrics", "schedules", "sharding"],
-    ["axes", "culprit", "hosts", "runtime", "storage", "trees"],
+    ["axes", "culprit", "description", "hosts", "runtime", "storage", "trees"],
     ["errors"],
 ]
 HEIGHT = {name: -floor for floor, names in enumerate(FLOORS) for name in names}
