@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -239,7 +239,13 @@ class Checkpoints:
         with storage.explained(f"cannot keep checkpoints in {self.folder}"):
             storage.make_folder(self.folder, parents=True)
             for path in storage.listed(self.folder):
-                if re.fullmatch(r"[0-9]+(\.old)?\.tmp", path.name):
+                step = re.fullmatch(r"([0-9]+)(\.old)?\.tmp", path.name)
+                if step and step[2] and not (target := path.with_name(step[1])).exists():
+                    with suppress(Damaged):  # cut off before what was to replace it had its name
+                        ondisk.verify(path)
+                        storage.rename(path, target)
+                        continue
+                if step:
                     storage.remove(path)
 
     def _newest(self) -> dict[str, Any] | None:
@@ -319,7 +325,12 @@ class Checkpoints:
         ondisk.finish(temporary, {name: digest for part in parts for name, digest in part.items()})
         if target.exists():  # the same State, saved before it was evaluated
             storage.rename(target, older)
-        storage.rename(temporary, target)
+        try:
+            storage.rename(temporary, target)
+        except OSError:
+            if older.exists():
+                storage.rename(older, target)
+            raise
         storage.remove(older)
         self._prune()
 

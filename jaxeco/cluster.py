@@ -1,7 +1,7 @@
 """How several processes become one run, and how they end together.
 
-`join` comes before anything else of JAX. First a roll call at the coordinator's address, so that
-whoever is missing can be named; then `jax.distributed`. From then on two threads watch: a process
+`join` comes before anything else of JAX. First a roll call at the coordinator's address: JAX itself
+aborts, with a stack trace that names nobody, if one is missing. Then `jax.distributed`. From then on two threads watch: a process
 that is gone, or that fails alone, ends all others within a minute or so, wherever they wait.
 
 What XLA does by itself is kept as the last resort: it aborts a process with a stack trace.
@@ -276,14 +276,14 @@ def _hush() -> None:
 class _Calling:
     """jaxlib's module, but its client of the coordination service has a callback for a lost one.
 
-    Without it, XLA logs a stack trace and aborts. With it, of whatever kind, jaxlib fails to turn
-    its argument into Python's and so ends in std::terminate, which `_catch_terminate` catches.
+    Without it, XLA logs a stack trace and aborts. With it, jaxlib (0.10 to 0.12) fails to turn its
+    argument into Python's, and so ends in std::terminate, which `_catch_terminate` catches.
     """
 
     def __init__(self, real: Any) -> None:
         self._real = real
         self.get_distributed_runtime_client = partial(
-            real.get_distributed_runtime_client, missed_heartbeat_callback=print
+            real.get_distributed_runtime_client, missed_heartbeat_callback=lambda _: _lost()
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -319,8 +319,9 @@ def _watch_lives() -> None:
     while True:
         try:
             alive = client.get_live_nodes(everyone)  # returns when all that live have asked
-        except Exception:  # the first is gone, which `lost` says, or this process is leaving
-            return
+        except Exception:  # the first is gone, or this process is about to be
+            time.sleep(_silence)
+            _lost()
         if gone := [i for i in everyone if i not in alive]:
             _end(f"{_named(gone, len(everyone))} gave no sign of life for {_silence} s; {AGAIN}")
         time.sleep(1)
@@ -333,8 +334,8 @@ def _lost() -> NoReturn:
 
 def _watch_failures() -> None:
     try:
-        failed = hosts.client().blocking_key_value_get(FAILED, hosts.FOREVER_MS)
-    except Exception:  # as above
+        failed = hosts.awaited(FAILED)
+    except Exception:  # as above, where the other thread sees to it
         return
     i, text = json.loads(failed)
     if i != hosts.index():
@@ -388,7 +389,7 @@ def fail(text: str, status: int, trace: str = "") -> NoReturn:
     """
     i, n = hosts.index(), hosts.count()
     said = _errors_of_all(text)
-    if len(said) < n and LOST.search(text):  # perhaps another's end, as it shows here
+    if len(said) < n and trace and LOST.search(text):  # perhaps another's end, as it shows here
         time.sleep(_silence + GRACE)  # until `_watch_lives` knows who it was, and says so
     if len(said) < n or said["jaxeco/errors/0"] != text:
         alone = text.removeprefix("error: ")

@@ -8,7 +8,6 @@ import ast
 import contextlib
 import difflib
 import functools
-import hashlib
 import inspect
 import io
 import runpy
@@ -22,6 +21,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxeco.description import values
 from jaxeco.errors import UserError
 from jaxeco.experiment import Experiment
 
@@ -111,6 +111,9 @@ def parse(text: str, hint: Any, name: str) -> Any:
         nearest = _nearest(text, [str(o) for o in options], options)
         raise UserError(f"{name}={text}: not one of the choices{nearest}")
     if origin in (typing.Union, types.UnionType):
+        notations = [option for option in options if hasattr(option, "parse")]
+        if notations and not (types.NoneType in options and text.lower() == "none"):
+            return parse(text, notations[0], name)  # so that its own message is heard
         # None first, and text last: "none" and "3" should not become strings where a better fit is
         for option in sorted(options, key=lambda o: (o is str, o is not types.NoneType)):
             try:
@@ -140,7 +143,7 @@ def override(value: Any, parts: list[str], text: str, key: str) -> Any:
     elif isinstance(value, Mapping):
         children = dict(value)
     elif is_dataclass(value):
-        children = _values(value)
+        children = values(value)
     else:
         raise UserError(f"{key}: {where} is {value!r} and has no fields")
     if head not in children:
@@ -151,7 +154,7 @@ def override(value: Any, parts: list[str], text: str, key: str) -> Any:
         hints = _hints(type(value)) if is_dataclass(value) else {}
         hint = hints[head] if head in hints else type(children[head])
         if is_dataclass(children[head]) and not _readable(hint):
-            inner = ", ".join(f"{key}.{name}" for name in _values(children[head]))
+            inner = ", ".join(f"{key}.{name}" for name in values(children[head]))
             kind = type(children[head]).__name__
             raise UserError(f"{key} is of the kind {kind}; set one of its fields: {inner}")
         children[head] = parse(text, hint, key)
@@ -160,48 +163,6 @@ def override(value: Any, parts: list[str], text: str, key: str) -> Any:
     if isinstance(value, Mapping):
         return children
     return type(value)(**children)
-
-
-def describe(value: Any) -> Any:
-    """`value` as nested dicts, lists and scalars fit for JSON: the resolved experiment."""
-    if is_dataclass(value) and not isinstance(value, type):
-        inner = {name: describe(child) for name, child in _values(value).items()}
-        return {"type": type(value).__name__, **inner}
-    if isinstance(value, Mapping):
-        return {str(k): describe(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return [describe(v) for v in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, functools.partial):
-        arguments = {"args": describe(value.args), "keywords": describe(value.keywords)}
-        return {"type": "partial", "function": describe(value.func), **arguments}
-    if hasattr(value, "__qualname__"):  # a class or a function, which may hold values of its own
-        name = f"{value.__module__}.{value.__qualname__}"
-        held = inspect.getclosurevars(value).nonlocals if inspect.isfunction(value) else {}
-        return {"type": name, **describe(held)} if held else name
-    if hasattr(value, "tobytes"):
-        return f"array {value.shape} sha256 {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
-    if " at 0x" in (text := repr(value)):
-        raise UserError(
-            f"{text} cannot be described, so that a checkpoint could not tell whether it is the"
-            " same; make it a function or a frozen dataclass"
-        )
-    return text
-
-
-def flatten(description: Any, prefix: str = "") -> dict[str, Any]:
-    """A description by dotted path; the paths are those that the command line takes."""
-    if isinstance(description, Mapping):
-        items = [(k, v) for k, v in description.items() if k != "type"]
-        head = {prefix: description["type"]} if prefix and "type" in description else {}
-    elif isinstance(description, list) and any(isinstance(v, Mapping | list) for v in description):
-        head, items = {}, [(str(i), v) for i, v in enumerate(description)]
-    else:
-        return {prefix: description}
-    for name, child in items:
-        head |= flatten(child, f"{prefix}.{name}" if prefix else name)
-    return head
 
 
 def help_text(path: str | Path) -> str:
@@ -288,13 +249,6 @@ def _guarded(path: Path, call: typing.Callable[[], Any]) -> Any:
         place = f"{path}:{lines[-1]}" if lines else str(path)
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UserError(f"{place}: {kind}{' '.join(str(error).split())}") from error
-
-
-def _values(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass that its constructor takes; a Flax module's without its wiring."""
-    wiring = ("parent", "name") if hasattr(value, "apply") else ()
-    names = [f.name for f in fields(value) if f.init and f.name not in wiring]
-    return {name: getattr(value, name) for name in names}
 
 
 def _hints(owner: Any) -> dict[str, Any]:

@@ -125,7 +125,10 @@ class Guard:
             name, colon, value = word.strip().partition(":")
             if not colon or name not in kinds or name in options:
                 raise ValueError(f"{word.strip()!r}: expected factor:10 or limit:3, each once")
-            options[name] = kinds[name](value)
+            try:
+                options[name] = kinds[name](value)
+            except ValueError:
+                raise ValueError(f"{word.strip()!r}: expected factor:10 or limit:3") from None
         return cls(then.strip(), **options)  # type: ignore[arg-type]  # it checks its fields
 
     def __str__(self) -> str:

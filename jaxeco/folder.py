@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxeco import hosts, storage
-from jaxeco.config import Loaded, describe, load
+from jaxeco.config import Loaded, load
+from jaxeco.description import describe
 from jaxeco.errors import UserError
 
 RECORD = "run.json"

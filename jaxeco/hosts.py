@@ -85,6 +85,16 @@ def any_of(flag: bool) -> bool:
     return any(gather(flag))
 
 
+def awaited(key: str) -> str:
+    """The value of a key, as soon as a process has set it, however late."""
+    while True:
+        try:
+            return client().blocking_key_value_get(key, FOREVER_MS)
+        except Exception as error:  # jaxlib's
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
 def unique(name: str) -> str:
     """A key for this use of the name: the same on all processes, and never used before."""
     _calls[name] += 1

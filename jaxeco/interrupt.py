@@ -2,6 +2,8 @@
 
 A notice comes to one process, and all must stop at the same step. So each counts the points at
 which it asks; once they all know of a notice, they stop at the first point that none has passed.
+(`multihost_utils.reached_preemption_sync_point` does so for SIGTERM alone, whose handler Python's
+own one replaces.)
 Threads see to that, so that it does not matter what the main one is waiting for: Python calls its
 own signal handlers only when a compilation, say, is through.
 """
@@ -103,7 +105,7 @@ class Interrupt:
             hosts.client().key_value_set(self._key, why)
 
     def _agree(self) -> None:
-        why = hosts.client().blocking_key_value_get(self._key, hosts.FOREVER_MS)
+        why = hosts.awaited(self._key)
         if why:
             with self._lock:
                 points = hosts.gather(self._points, f"{self._key}/points")

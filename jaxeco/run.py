@@ -20,7 +20,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--multihost", action="store_true", help="one of a TPU pod's, SLURM's, Kubernetes' hosts")
     add("--coordinator", metavar="HOST:PORT", help="or say where the first of them listens ...")
     add("--process", metavar="I/N", help="... and which of how many this is, from 0")
-    add("--timeout", type=int, help=f"for all to arrive, in s (default: {cluster.TIMEOUT})")
+    add("--timeout", type=int, help=f"s, to arrive or give a sign of life ({cluster.TIMEOUT})")
     add("-h", "--help", action="store_true", help="with FILE: the experiment's arguments")
     own = ("--workdir=", "--steps=", "--coordinator=", "--process=", "--timeout=")
     for word in words:

@@ -16,8 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxeco import axes, hosts, parallel, plots, sharding
 from jaxeco import folder as folders
 from jaxeco.checkpoint import Checkpoints
-from jaxeco.config import Loaded, describe, flatten
+from jaxeco.config import Loaded
 from jaxeco.data.dataset import Dataset
+from jaxeco.description import describe, flatten
 from jaxeco.errors import UserError
 from jaxeco.experiment import IDENTITY, Experiment
 from jaxeco.fit import Diverged, Plan, fingerprint, fit, plan, shapes, stalled

@@ -73,7 +73,7 @@ def shardings(state: Any, model: Any, mesh: Mesh) -> Any:
 
 def _spec(name: str, shape: Sequence[int], patterns: Mapping[str, Names], sizes: Any) -> P:
     for pattern, names in patterns.items():
-        if re.fullmatch(pattern, name):
+        if re.fullmatch(pattern, name) and len(names) <= len(shape):
             # axes before those that are named: of a stack of layers, or of a window of pixels
             whole = (None,) * (len(shape) - len(names))
             try:

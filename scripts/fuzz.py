@@ -50,6 +50,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from jaxeco import config
+from jaxeco.description import describe, flatten
 from jaxeco.errors import UserError
 
 REFUSALS = (UserError, ValueError)
@@ -246,7 +247,7 @@ def texts_of(document: Any) -> st.SearchStrategy[bytes]:
 def overrides(folder: Path) -> Target:
     """Words of the command line."""
     path = ROOT / "experiments" / "digits_mlp.py"
-    flat = [*config.flatten(config.describe(config.load(path).experiment)), "lr", "widths", "mesh"]
+    flat = [*flatten(describe(config.load(path).experiment)), "lr", "widths", "mesh"]
     keys = st.one_of(st.sampled_from(flat), st.sampled_from(flat).flatmap(_misspelt), TEXTS)
     values = st.one_of(
         NUMBERS.map(str),

@@ -213,6 +213,17 @@ def test_metrics_may_come_after_the_state(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
+def test_cut_off_while_one_checkpoint_takes_the_place_of_another(tmp_path):
+    with Checkpoints(tmp_path, description={}) as checkpoints:
+        checkpoints.save(make_state(1))
+    (tmp_path / "1").rename(tmp_path / "1.old.tmp")
+    (tmp_path / "1.tmp").mkdir()
+    with Checkpoints(tmp_path, description={}) as checkpoints:
+        found = checkpoints.restore(abstract(make_state()))
+    assert found is not None and found[1] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 def test_nothing_saved_yet(tmp_path):
     (tmp_path / "5.tmp" / "state").mkdir(parents=True)  # the first save was cut off
     (tmp_path / "4.old.tmp").mkdir()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxeco import config
+from jaxeco.description import describe, flatten
 from jaxeco.errors import UserError
 
 FILE = '''
@@ -165,16 +166,16 @@ def test_a_description_is_plain_and_its_paths_can_be_overridden(file: Path) -> N
     import json
 
     ex = config.load(file).experiment
-    description = config.describe(ex)
+    description = describe(ex)
     assert json.loads(json.dumps(description)) == description
-    flat = config.flatten(description)
+    flat = flatten(description)
     assert flat["model.widths"] == [8, 4]
     assert flat["optimizer"] == "AdamW"
     assert flat["optimizer.lr.peak"] == 0.1
     assert flat["preprocess.0.white"] == 16
     assert "model.parent" not in flat
     same = config.load(file, ["model.widths=8,4", "optimizer.lr.peak=0.1"]).experiment
-    assert config.describe(same) == description
+    assert describe(same) == description
 
 
 def scale(x: float, by: float) -> float:
@@ -187,7 +188,7 @@ def maker(by: float):  # type: ignore[no-untyped-def]
 
 def test_functions_are_described_with_what_they_hold() -> None:
     def described(value: object) -> object:
-        return config.describe({"function": value})
+        return describe({"function": value})
 
     assert described(partial(scale, by=2.0)) == described(partial(scale, by=2.0))
     assert described(partial(scale, by=2.0)) != described(partial(scale, by=3.0))

@@ -133,6 +133,10 @@ class Sum:
         return {"x": example["x"].sum(dtype=np.int64) * self.times, "y": example["y"]}
 
 
+def scaled(factor):
+    return lambda example: {"x": example["x"] * factor, "y": example["y"]}
+
+
 def test_a_decoder_makes_the_fields(folder):
     source = data.ArrayRecords(str(folder), Sum(3))
     opened, written = source.open(), list(examples(50))
@@ -141,13 +145,14 @@ def test_a_decoder_makes_the_fields(folder):
     assert opened.fields["x"][rows].tolist() == expected and set(opened.fields) == {"x", "y"}
     assert opened.fingerprint == source.open().fingerprint
     prints = [
-        data.ArrayRecords(str(folder), decode).open().fingerprint for decode in (None, Sum(2))
+        data.ArrayRecords(str(folder), decode).open().fingerprint
+        for decode in (None, Sum(2), scaled(2), scaled(3))
     ]
-    assert len({opened.fingerprint, *prints}) == 3
+    assert len({opened.fingerprint, *prints}) == 5
     with pytest.raises(UserError, match=r"decode failed on record 33: ZeroDivisionError"):
         opened.fields["x"][np.array([3, 33])]
     with pytest.raises(UserError, match="cannot be described"):
-        data.ArrayRecords(str(folder), partial(lambda example: example)).open()
+        data.ArrayRecords(str(folder), partial(scaled(2), unknown=object())).open()
 
 
 def test_shards_read_the_part_that_they_are_given_and_can_be_pickled(folder):

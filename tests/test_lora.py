@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxeco.config import describe, override
+from jaxeco.config import override
+from jaxeco.description import describe
 from jaxeco.models.lora import Lora, without_lora
 from jaxeco.models.transformer import LanguageModel, Transformer
 from jaxeco.optim import AdamW, Partition

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +146,18 @@ def test_a_state_lies_in_parts_from_the_beginning() -> None:
     assert here < whole / 7  # only biases and norms are whole on each device
     memory = jax.jit(p.init, out_shardings=p.shardings).lower().compile().memory_analysis()
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 4
+
+
+def test_a_kernel_of_one_axis_stays_whole() -> None:
+    class Gain(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train: bool):
+            gain = self.param("kernel", nn.initializers.ones, (192,))
+            return nn.Dense(10)(x.reshape(len(x), -1) * gain)
+
+    p = plan(replace(experiment("mlp", "data:2,tensor:2"), model=Gain()))
+    assert p.shardings.params["kernel"].spec == P()
+    assert p.shardings.params["Dense_0"]["kernel"].spec == P(None, "tensor")
 
 
 def test_table_adds_up() -> None:

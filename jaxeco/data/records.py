@@ -23,7 +23,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from jaxeco.data.dataset import Column, Dataset
+from jaxeco.description import describe
 from jaxeco.errors import UserError
 
 FORMAT = "jaxeco records 1"
@@ -172,7 +173,7 @@ class ArrayRecords:
         root = Path(self.path).expanduser()
         layout, classes, parts, digest = _features(root)
         advice = f"copy that file to {root} anew, or write the folder again"
-        described = f"{digest} {self.image_size} {_described(self.decode)}"
+        described = f"{digest} {self.image_size} {json.dumps(describe(self.decode))}"
         examples = _Examples(Shards(parts, advice), layout, self.image_size, self.decode)
         return Dataset(
             fields={
@@ -183,16 +184,6 @@ class ArrayRecords:
             name=f"{self.path} (array_record)",
             fingerprint=hashlib.blake2b(described.encode(), digest_size=16).hexdigest(),
         )
-
-
-def _described(decode: Any) -> str:
-    text = repr(decode) if is_dataclass(decode) else getattr(decode, "__qualname__", repr(decode))
-    if " at 0x" in text:
-        raise UserError(
-            f"ArrayRecords.decode: {text} cannot be described, so that a checkpoint could not tell "
-            "whether it is the same; make it a function or a frozen dataclass"
-        )
-    return text
 
 
 @dataclass(frozen=True)
