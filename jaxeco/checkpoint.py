@@ -64,6 +64,7 @@ class _Save:
 
     about: About
     state: State
+    needed: int | None
     done: futures.Future[None]
 
     @property
@@ -108,7 +109,6 @@ class Checkpoints:
         self._worker = futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Save | None = None
         self._missed = 0  # saves in a row that storage did not take
-        self.needed: int | None = None  # a step whose checkpoint stays, whatever is saved after it
         _by_first(self._prepare)
 
     def __enter__(self) -> Self:
@@ -128,6 +128,7 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
         *,
         step: int | None = None,
+        needed: int | None = None,
     ) -> bool:
         """Starts saving `state`, and returns as soon as its buffers may be donated.
 
@@ -138,6 +139,7 @@ class Checkpoints:
           state: pytree of arrays, on any devices; typed PRNG keys are allowed.
           metrics: scalars by name; without them this checkpoint is never the best.
           step: where training stands; `int(state.step)` if not given, which waits for the device.
+          needed: a step whose checkpoint is kept this time, however old it is.
 
         Returns:
           False if the step is saved already, and nothing happens; but where it was saved without
@@ -163,7 +165,7 @@ class Checkpoints:
             description=self._description,
             arrays=ondisk.specs(state),
         )
-        return self._start(about, state)
+        return self._start(about, state, needed)
 
     def wait(self) -> None:
         """Returns when the last `save` is complete.
@@ -186,7 +188,7 @@ class Checkpoints:
                 if pause is None or save.given_up:
                     raise
                 time.sleep(pause)
-                self._start(save.about, save.state)
+                self._start(save.about, save.state, save.needed)
 
     def close(self) -> None:
         """Waits for the last save and gives its thread back. Raises UserError if it failed."""
@@ -195,7 +197,7 @@ class Checkpoints:
         finally:
             self._worker.shutdown()
 
-    def restore(self, abstract_state: State) -> tuple[State, int] | None:
+    def restore(self, abstract_state: State, up_to: int | None = None) -> tuple[State, int] | None:
         """Reads the newest good checkpoint, straight onto the devices that are to hold it.
 
         Damaged ones that are newer are named in a warning, and set aside.
@@ -204,6 +206,7 @@ class Checkpoints:
           abstract_state: the state wanted: jax.ShapeDtypeStruct leaves with `sharding`, or arrays.
             The devices and shardings may differ from those of the run that saved it; each process
             reads only what its devices are to hold.
+          up_to: the newest step that will do; None: any.
 
         Returns:
           The state, bit for bit as it was saved, and its step; None if nothing was ever saved.
@@ -213,7 +216,7 @@ class Checkpoints:
             its arrays are not those of `abstract_state` (a message of several lines says which).
         """
         self.wait()
-        found = _by_first(self._newest)
+        found = _by_first(lambda: self._newest(up_to))
         if found is None:
             return None
         about = About(**found)
@@ -248,9 +251,10 @@ class Checkpoints:
                 if step:
                     storage.remove(path)
 
-    def _newest(self) -> dict[str, Any] | None:
+    def _newest(self, up_to: int | None) -> dict[str, Any] | None:
         """What the newest good checkpoint says of itself, if it belongs to this experiment."""
-        found, damaged = _first_good(self.folder, reversed(self.steps()))
+        steps = [step for step in reversed(self.steps()) if up_to is None or step <= up_to]
+        found, damaged = _first_good(self.folder, steps)
         if found is None and not damaged:
             return None
         if found is None:
@@ -279,7 +283,7 @@ class Checkpoints:
         )
         return asdict(about)
 
-    def _start(self, about: About, state: State) -> bool:
+    def _start(self, about: About, state: State, needed: int | None) -> bool:
         """Begins to write; False if there is nothing to do."""
         temporary = self.folder / f"{about.step}.tmp"
         done: futures.Future[None] = futures.Future()
@@ -288,10 +292,10 @@ class Checkpoints:
                 return False
             with jax.transfer_guard("allow"):
                 written = ondisk.write(temporary, ondisk.data(state))
-            done = self._worker.submit(self._commit, about.step, temporary, written)
+            done = self._worker.submit(self._commit, about.step, temporary, written, needed)
         except _Passing as failure:
             done.set_exception(failure)
-        self._pending = _Save(about, state, done)
+        self._pending = _Save(about, state, needed, done)
         return True
 
     def _begin(self, about: About, temporary: Path) -> bool:
@@ -309,18 +313,27 @@ class Checkpoints:
         except Damaged:
             return False
 
-    def _commit(self, step: int, temporary: Path, written: Callable[[], dict[str, str]]) -> None:
+    def _commit(
+        self,
+        step: int,
+        temporary: Path,
+        written: Callable[[], dict[str, str]],
+        needed: int | None,
+    ) -> None:
         """In the background: completes a save, then removes what need not be kept."""
         name = f"save {self.folder}"
         try:
             parts = _together(self._saving(step)(written), name)
-            _by_first(lambda: self._saving(step)(self._complete)(step, temporary, parts), name)
+            complete = self._saving(step)(self._complete)
+            _by_first(lambda: complete(step, temporary, parts, needed), name)
         except UserError:
             if hosts.first():
                 shutil.rmtree(temporary, ignore_errors=True)  # a full disk has better uses
             raise
 
-    def _complete(self, step: int, temporary: Path, parts: Sequence[Mapping[str, str]]) -> None:
+    def _complete(
+        self, step: int, temporary: Path, parts: Sequence[Mapping[str, str]], needed: int | None
+    ) -> None:
         target, older = self.folder / str(step), self.folder / f"{step}.old.tmp"
         ondisk.finish(temporary, {name: digest for part in parts for name, digest in part.items()})
         if target.exists():  # the same State, saved before it was evaluated
@@ -332,11 +345,11 @@ class Checkpoints:
                 storage.rename(older, target)
             raise
         storage.remove(older)
-        self._prune()
+        self._prune(needed)
 
-    def _prune(self) -> None:
+    def _prune(self, needed: int | None) -> None:
         steps = self.steps()
-        for step in set(steps[: -self._keep]) - {self.best_step(), self.needed}:
+        for step in set(steps[: -self._keep]) - {self.best_step(), needed}:
             # Renamed first: cut off half-way, it must not look like a damaged checkpoint.
             doomed = self.folder / f"{step}.old.tmp"
             storage.rename(self.folder / str(step), doomed)

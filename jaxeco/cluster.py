@@ -1,8 +1,9 @@
 """How several processes become one run, and how they end together.
 
 `join` comes before anything else of JAX. First a roll call at the coordinator's address: JAX itself
-aborts, with a stack trace that names nobody, if one is missing. Then `jax.distributed`. From then on two threads watch: a process
-that is gone, or that fails alone, ends all others within a minute or so, wherever they wait.
+aborts, with a stack trace that names nobody, if one is missing. Then `jax.distributed`. From then
+on two threads watch: a process that is gone, or that fails alone, ends all others within a minute
+or so, wherever they wait.
 
 What XLA does by itself is kept as the last resort: it aborts a process with a stack trace.
 """

@@ -40,9 +40,7 @@ def eval_step(
 class Evaluator:
     """Evaluates models on one split; its compiled step and its data stay in place."""
 
-    def __init__(
-        self, ex: Experiment, dataset: Dataset, mesh: Mesh, shardings: Any = None
-    ) -> None:
+    def __init__(self, ex: Experiment, dataset: Dataset, mesh: Mesh, shardings: Any = None) -> None:
         """`shardings`: of (params, variables), as `parallel.compiled` takes them."""
         self.ex, self.name, self.size = ex, dataset.name, dataset.eval_examples
         self.feed = Feed.evaluation(

@@ -12,7 +12,7 @@ from jaxeco.errors import UserError
 
 if TYPE_CHECKING:
     from jaxeco.config import Loaded
-    from jaxeco.fit import Plan
+    from jaxeco.plan import Plan
     from jaxeco.train import State
 
 SHOWN = 12  # parameters in the table
@@ -44,8 +44,8 @@ def main(words: list[str]) -> int:
     """Runs the command; returns its exit status."""
     options = parse(words)
     from jaxeco import folder as folders  # from here on JAX is awake
-    from jaxeco.fit import plan
     from jaxeco.log import table
+    from jaxeco.plan import plan
 
     loaded = folders.open_run(options.run)
     p = plan(loaded.experiment)
@@ -129,12 +129,11 @@ def replayed(p: "Plan", state: "State", step: int) -> tuple["State", tuple[Any, 
     import jax.numpy as jnp
 
     from jaxeco import parallel
-    from jaxeco.fit import call_length
 
     call, doubts, at = p.compiled(), [], int(state.step)
     offset = int(state.offset)
     with p.feed() as feed:
-        while at + (n := call_length(p, at, p.steps)) < step:
+        while at + (n := p.call_length(at, p.steps)) < step:
             state, _ = call(state, feed.resident, feed.fed(at + offset, n))
             at += n
         taken = step - 1 - at

@@ -21,10 +21,12 @@ from jaxeco.data.dataset import Dataset
 from jaxeco.description import describe, flatten
 from jaxeco.errors import UserError
 from jaxeco.experiment import IDENTITY, Experiment
-from jaxeco.fit import Diverged, Plan, fingerprint, fit, plan, shapes, stalled
+from jaxeco.fit import fit, stalled
 from jaxeco.forward import predict
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics, table
+from jaxeco.plan import Plan, fingerprint, plan, shapes
+from jaxeco.recovery import Diverged
 from jaxeco.train import State, train_step
 from jaxeco.trees import named
 

@@ -24,8 +24,8 @@ from jaxeco.experiment import Experiment, MeshShape
 if TYPE_CHECKING:
     import jax
 
-    from jaxeco.fit import Plan
     from jaxeco.parallel import Function
+    from jaxeco.plan import Plan
     from jaxeco.train import State
 
 FAKE = 8  # devices that a CPU plays if it is alone
@@ -160,7 +160,7 @@ def identical(what: str, found: dict[str, np.ndarray], wanted: dict[str, np.ndar
 def resumed(ex: Experiment, devices: list["jax.Device"], steps: int, folder: Path) -> Iterator[Row]:
     """Half the steps, a checkpoint, the other half from its files: against all in one go."""
     from jaxeco.checkpoint import Checkpoints
-    from jaxeco.fit import plan
+    from jaxeco.plan import plan
 
     p, half = plan(ex, devices), steps // 2
     call = p.compiled()
@@ -190,7 +190,7 @@ def streamed(ex: Experiment, devices: list["jax.Device"], steps: int) -> Row:
     import jax
 
     from jaxeco.data.pipeline import assemble, fits
-    from jaxeco.fit import plan
+    from jaxeco.plan import plan
 
     what = "streamed = resident: batches"
     held = plan(replace(ex, parallel="jit", mesh=MeshShape()), devices)
@@ -221,7 +221,7 @@ def many(
     """Training on all devices, in every layout, and evaluation: against one device."""
     import jax
 
-    from jaxeco.fit import plan
+    from jaxeco.plan import plan
 
     one = plan(replace(ex, parallel="jit", mesh=MeshShape()), devices[:1])
     state, reference = train(one, one.compiled(), one.start(), 0, steps)
@@ -315,7 +315,7 @@ def main(words: list[str]) -> int:
     devices = devices_to_use(options.devices)
     import jax
 
-    from jaxeco.fit import plan
+    from jaxeco.plan import plan
 
     ex, steps, notes = fitted(loaded.experiment, len(devices), options.steps)
     planned = plan(replace(ex, mesh=MeshShape()), devices).steps

@@ -29,14 +29,14 @@ from jaxeco import runtime
 runtime.configure()
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.config import load
 from jaxeco.experiment import Experiment, MeshShape, Steps
-from jaxeco.fit import Plan, fit, plan
+from jaxeco.fit import fit
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log
+from jaxeco.plan import Plan, plan
 from jaxeco.train import many_steps
 
 ROOT = Path(__file__).parent.parent
@@ -195,7 +195,7 @@ def start() -> list[Row]:
                 break
             found.append([float(word) for word in ran.stdout.split()])
         else:
-            ready, first = ([column[i] for column in found[1:]] for column in [found] for i in (0, 1))
+            ready, first = zip(*found[1:])  # the first filled the caches
             said = f"{spread(first)} s, of which {spread(ready)} s before it; n = {len(first)}"
             rows.append((f"{name}: from the imports to the end of the first step", said))
     return rows
@@ -209,9 +209,12 @@ runtime.configure()
 import jax, jax.numpy as jnp, numpy as np
 from jaxeco.checkpoint import Checkpoints
 def now(): return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 folder, what, mib = sys.argv[1], sys.argv[2], int(sys.argv[3])
-shape = jax.ShapeDtypeStruct((mib // 16, 2**20), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+shape = jax.ShapeDtypeStruct((mib // 16, 2**20), jnp.float32, sharding=device)
 abstract = {str(i): shape for i in range(4)}
 make = jax.jit(lambda: {n: jnp.full(s.shape, float(n)) for n, s in abstract.items()})
 with Checkpoints(folder, description={}) as checkpoints:

@@ -12,6 +12,8 @@ FLOORS = [
     ["run", "weights", "sample", "replay", "prepare", "doctor", "verify"],
     ["session", "command"],
     ["fit"],
+    ["recovery"],
+    ["plan"],
     ["evaluate", "train", "pretrained", "watch"],
     "cluster guard generate forward parallel checkpoint log plots folder interrupt".split(),
     ["config"],

@@ -17,8 +17,8 @@ from jaxeco.data.dataset import Dataset
 from jaxeco.errors import UserError
 from jaxeco.evaluate import Evaluator
 from jaxeco.experiment import Experiment, Steps
-from jaxeco.fit import Plan, plan
 from jaxeco.forward import predict
+from jaxeco.plan import Plan, plan
 from jaxeco.train import State
 
 RNG = np.random.default_rng(0)

@@ -15,9 +15,11 @@ from jaxeco import config, data, losses, models, optim
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.errors import UserError
 from jaxeco.experiment import Experiment, Guard, Steps
-from jaxeco.fit import Diverged, fit, plan
+from jaxeco.fit import fit
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics
+from jaxeco.plan import plan
+from jaxeco.recovery import Diverged
 from jaxeco.train import State, train_step
 
 N, B, STEPS, POISON = 48, 8, 14, 7
@@ -238,5 +240,5 @@ def test_a_guard_on_the_command_line(text: str) -> None:
 def test_a_guard_that_is_none(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         Guard.parse(text)
-    with pytest.raises(UserError, match="guard=.*expected (skip or|factor:|a number|a whole)"):
+    with pytest.raises(UserError, match=r"guard=.*expected (skip or|factor:|a number|a whole)"):
         config.override(experiment(), ["guard"], text, "guard")

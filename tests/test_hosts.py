@@ -70,7 +70,7 @@ def main(words):
     import jax
     from jaxeco import session
     from jaxeco.checkpoint import Checkpoints, load
-    from jaxeco.fit import plan
+    from jaxeco.plan import plan
     from jaxeco.trees import named
     p = plan(loaded.experiment)
     path = Path(folder) / "checkpoints"

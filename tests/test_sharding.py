@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxeco import axes, data, losses, metrics, models, optim, sharding
 from jaxeco.errors import UserError
 from jaxeco.experiment import Experiment, MeshShape, Steps
-from jaxeco.fit import plan
+from jaxeco.plan import plan
 from jaxeco.trees import named
 
 RANDOM = np.random.default_rng(0)

@@ -14,10 +14,12 @@ from jaxeco.checkpoint import Checkpoints
 from jaxeco.data.pipeline import assemble
 from jaxeco.errors import UserError
 from jaxeco.experiment import Epochs, Experiment, Steps
-from jaxeco.fit import Diverged, Plan, fit, plan, stalled
+from jaxeco.fit import fit, stalled
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics
+from jaxeco.plan import Plan, plan
 from jaxeco.pretrained import Pretrained
+from jaxeco.recovery import Diverged
 from jaxeco.train import State
 
 rng = np.random.default_rng(0)

@@ -16,9 +16,10 @@ from jaxeco import data, losses, metrics, models, optim
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.data.pipeline import Feed, Fields
 from jaxeco.experiment import Experiment, Guard, Steps
-from jaxeco.fit import fit, plan
+from jaxeco.fit import fit
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics
+from jaxeco.plan import plan
 from jaxeco.watch import LOWERING, Watch
 
 rng = np.random.default_rng(0)

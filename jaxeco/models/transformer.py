@@ -21,8 +21,8 @@ Positions = Literal["learned", "sinusoidal", "rotary"]
 MlpActivation = Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"]
 
 # What the axes of parameters are, by name, for meshes (`jaxeco.sharding`). As in Megatron (Shoeybi
-# et al. 2019), what the devices of a tensor axis have split after a branch's first matrices is summed
-# after its last one.
+# et al. 2019), devices of the tensor axis share the heads and the MLP's units: what they compute of
+# a branch is summed once, after its last matrix.
 LOGICAL_AXES = {
     r"(.*/)?token_embed/embedding": ("vocab", "embed"),
     r"(.*/)?position_embed/embedding": (None, "embed"),

@@ -14,7 +14,7 @@ import jax
 
 from jaxeco import data
 from jaxeco.data.tokens import Present, Windows
-from jaxeco.fit import plan
+from jaxeco.plan import plan
 
 FILES = {
     "lenet": "experiments/cifar_lenet.py",
