@@ -170,7 +170,9 @@ def record(folder: Path, loaded: Loaded, **facts: Any) -> list[str]:
     }
     if path.exists():
         try:
-            contents = json.loads(path.read_text())
+            with storage.explained(f"cannot read {path}"):
+                text = storage.read_text(path)
+            contents = json.loads(text)
             if changed := changes(contents["sessions"][-1], session):
                 notes.append(
                     f"{' and '.join(changed)} changed since this run's last session:"
@@ -179,7 +181,8 @@ def record(folder: Path, loaded: Loaded, **facts: Any) -> list[str]:
             target = folder / f"session-{len(contents['sessions']) + 1}"
         except (ValueError, LookupError, TypeError) as error:
             notes.append(f"{path} is damaged ({error}); it is set aside as {RECORD}.damaged")
-            path.replace(path.with_name(f"{RECORD}.damaged"))
+            with _writing(folder):
+                path.replace(path.with_name(f"{RECORD}.damaged"))
     contents["sessions"].append(session)
     with _writing(folder):
         if target == folder or contents["sessions"][-2]["code"] != session["code"]:

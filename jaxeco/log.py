@@ -308,9 +308,12 @@ def table(title: str, rows: Sequence[Sequence[object]]) -> str:
 def _lines(path: Path) -> list[dict[str, Any]] | None:
     """What can be read of the file; None if there is none."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
+        with storage.explained(f"cannot read {path}"):
+            text = storage.persistent(path.read_text)(encoding="utf-8", errors="replace")
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
     lines = []
     for raw in text.splitlines():
         try:

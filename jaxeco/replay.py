@@ -193,10 +193,12 @@ def unlike(p: "Plan", run: Path, loaded: "Loaded", step: int) -> list[str]:
     from jaxeco.session import environment
 
     sessions = json.loads((run / folders.RECORD).read_text())["sessions"]
-    took = [session for session in sessions if session["first_step"] < step][-1]
+    took = [session for session in sessions if session["first_step"] < step]
+    if not took:
+        return ["nothing is known of the session that took it"]
     now = {**folders.code(loaded), **environment(p)}
-    changed = folders.changes(took, now)
-    if took["devices"] != now["devices"]:
+    changed = folders.changes(took[-1], now)
+    if took[-1]["devices"] != now["devices"]:
         changed.append("the devices")
     return [f"{' and '.join(changed)} changed since"] if changed else []
 
@@ -208,17 +210,19 @@ def checked(p: "Plan", state: "State") -> Sequence[str]:
 
     from jaxeco import culprit
     from jaxeco.data.pipeline import assemble
-    from jaxeco.trees import listed, named
+    from jaxeco.trees import listed
 
     state = jax.device_put(state, jax.devices()[0])
-    parts = {"params": state.params, "variables": state.variables}
-    bad = [name for name, array in named(parts).items() if not np.isfinite(array).all()]
-    if bad:
+    parts = {"params": state.params, "variables": state.variables, "opt_state": state.opt_state}
+    if bad := _not_finite(parts):
         return [f"not finite before this step: {listed(bad)}; replay an earlier step"]
     with p.feed() as feed:
         fed = feed.fed(int(state.step + state.offset))
         resident = jax.device_put(feed.resident, jax.devices()[0])
     batch = assemble(resident, {name: array[0] for name, array in fed.items()})
+    if bad := _not_finite(batch):
+        rows = np.flatnonzero(~np.isfinite(batch[bad[0]]).reshape(len(batch[bad[0]]), -1).all(1))
+        return [f"the data is not finite: {listed(bad)} in example {listed(map(str, rows))} of the batch"]
     found = culprit.find(p.step, state, batch)
     if found is None:
         return ["every operation of this step has a finite result, or one that goes nowhere"]
@@ -234,6 +238,15 @@ def checked(p: "Plan", state: "State") -> Sequence[str]:
         *(f"  from  {value}" for value in found.inputs),
         *(f"  makes {value}" for value in found.outputs),
     ]
+
+
+def _not_finite(tree: Any) -> list[str]:
+    import jax.numpy as jnp
+
+    from jaxeco.trees import named
+
+    numbers = {n: a for n, a in named(tree).items() if jnp.issubdtype(a.dtype, jnp.inexact)}
+    return [name for name, array in numbers.items() if not jnp.isfinite(array).all()]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from jaxeco import culprit, replay, session
 from jaxeco.config import load
 from jaxeco.errors import RunFailed, UserError
 from jaxeco.log import read_metrics
+from jaxeco.plan import plan
 
 FILE = '''
 """The example 7 is all zeros, of which the model takes the logarithm. With seed 7 the batches 3,
@@ -75,6 +76,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def said(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
     assert replay.main([*map(str, words)]) == 0
     return capsys.readouterr().out
+
+
+def test_data_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file.py").write_text(FILE.replace("X[7] = 0", "X[7, 1] = np.nan"))
+    p = plan(load(tmp_path / "file.py").experiment)
+    lines = replay.checked(p, p.start().replace(step=jnp.int32(3)))
+    place = list(np.asarray(p.feed().fed(3)["row"][0])).index(7)
+    assert lines == [f"the data is not finite: x in example {place} of the batch"]
 
 
 @pytest.mark.parametrize("step", [2, 3])  # from the start; from the checkpoint of step 2
