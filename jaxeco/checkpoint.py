@@ -229,10 +229,6 @@ class Checkpoints:
         """Steps of the complete checkpoints, in ascending order."""
         return steps_in(self.folder)
 
-    def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        return max(self.steps(), default=None)
-
     def best_step(self) -> int | None:
         """Step of the best checkpoint; None if none has the metric. The newest of equals."""
         return max(_scores(self.folder, self._best), default=(0.0, None))[1]

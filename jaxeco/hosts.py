@@ -80,11 +80,6 @@ def gather(value: Any, name: str = "values") -> list[Any]:
     return [json.loads(found[f"{key}/{i}"]) for i in range(count())]
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is up on any process."""
-    return any(gather(flag))
-
-
 def awaited(key: str) -> str:
     """The value of a key, as soon as a process has set it, however late."""
     while True:

@@ -106,11 +106,6 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(whole, a, a.shape), tree)
 
 
-def gathered(tree: Any, mesh: Mesh) -> Any:
-    """The same arrays, however they are split, whole on every device."""
-    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
-
-
 def compiled(
     function: Function, how: str, mesh: Mesh, carry: Any = None, *, updates: bool
 ) -> Function:

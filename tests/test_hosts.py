@@ -107,7 +107,7 @@ def main(words):
         hosts.led(lambda: (_ for _ in ()).throw(UserError("by the first")) if i == 0 else 1)
     except UserError as error:
         said = str(error)
-    values = [hosts.gather(i * 10), hosts.from_first(["a", i]), hosts.any_of(i == 1), said]
+    values = [hosts.gather(i * 10), hosts.from_first(["a", i]), any(hosts.gather(i == 1)), said]
     with Interrupt() as interrupt:
         if i == 1:
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
