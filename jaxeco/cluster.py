@@ -324,7 +324,7 @@ def _watch_lives() -> None:
             time.sleep(_silence)
             _lost()
         if gone := [i for i in everyone if i not in alive]:
-            _end(f"{_named(gone, len(everyone))} gave no sign of life for {_silence} s; {AGAIN}")
+            _end(f"{_named(gone, len(everyone))} gone, without a sign of life; {AGAIN}")
         time.sleep(1)
 
 

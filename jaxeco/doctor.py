@@ -7,7 +7,6 @@ under a time limit, so that a driver that hangs, or an installation that does no
 in a line of the report. The report, `findings`, is a pure function of the facts.
 """
 
-import argparse
 import contextlib
 import glob
 import importlib.metadata
@@ -25,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxeco import runtime
+from jaxeco import command, runtime
+from jaxeco.errors import UserError
 
 GIB = 2**30
 TIME_LIMIT = 30.0  # seconds for JAX to start its devices and multiply two matrices
@@ -231,7 +231,9 @@ def _mend(facts: Facts) -> str:
         return "; of a pod JAX starts on all hosts at once: run this on all of them together"
     if facts.gpus or facts.tpus:
         return "; JAX_PLATFORMS=cpu goes round the accelerator until that is mended"
-    return ""
+    if asked := facts.environment.get("JAX_PLATFORMS", ""):
+        return f"; JAX_PLATFORMS={asked} asks for what is not here: unset it"
+    return "; python -c 'import jax; jax.devices()' shows all that JAX says"
 
 
 def tpu(facts: Facts) -> Iterable[Finding]:
@@ -532,11 +534,14 @@ def _found(pattern: str, text: str) -> str | None:
 
 def main(words: list[str]) -> int:
     """Prints the report; returns 1 if there is an error in it."""
-    parser = argparse.ArgumentParser(prog="python -m jaxeco.doctor", description=__doc__)
+    parser = command.Parser(prog="python -m jaxeco.doctor", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--time-limit", type=float, default=TIME_LIMIT, help="seconds for JAX to start (30)"
     )
-    found = findings(gather(parser.parse_args(words).time_limit))
+    limit = parser.parse_args(words).time_limit
+    if not limit > 0:
+        parser.error(f"--time-limit {limit:g}: expected a number above 0")
+    found = findings(gather(limit))
     for finding in found:
         print(f"{finding.level:<8} {finding.text}")
     counts = {level: sum(f.level == level for f in found) for level in ("error", "warning")}
@@ -544,5 +549,9 @@ def main(words: list[str]) -> int:
     return 1 if counts["error"] else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":  # not through command.start: it wants an installation that is whole
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)

@@ -5,7 +5,8 @@ Standard library only, so that reading and checking an experiment wakes nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,16 +75,7 @@ class MeshShape:
     @classmethod
     def parse(cls, text: str) -> MeshShape:
         """Reads "data:2,fsdp:4"; raises ValueError where it cannot."""
-        names = [f.name for f in fields(cls)]
-        sizes: dict[str, int] = {}
-        for word in text.split(","):
-            axis, colon, size = word.strip().partition(":")
-            if not colon or axis not in names or not size.isdecimal() or axis in sizes:
-                raise ValueError(
-                    f"{word.strip()!r}: expected axis:devices, such as data:2,fsdp:4, each of"
-                    f" {', '.join(names)} at most once"
-                )
-            sizes[axis] = int(size)
+        sizes = _numbers(text.split(","), {f.name: int for f in fields(cls)})
         return cls(**sizes)
 
     def __str__(self) -> str:
@@ -110,7 +102,9 @@ class Guard:
 
     def __post_init__(self) -> None:
         if self.then not in ("skip", "rollback"):
-            raise ValueError(f"{self.then!r}: expected skip or rollback")
+            near = difflib.get_close_matches(str(self.then), ("skip", "rollback"), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{self.then!r}: expected skip or rollback{hint}")
         if self.factor is not None and not 1 < self.factor < float("inf"):
             raise ValueError(f"factor:{self.factor}: expected a number above 1")
         if not _whole(self.limit):
@@ -120,21 +114,32 @@ class Guard:
     def parse(cls, text: str) -> Guard:
         """Reads "rollback,factor:10,limit:3"; raises ValueError where it cannot."""
         then, *words = text.split(",")
-        kinds, options = {"factor": float, "limit": int}, {}
-        for word in words:
-            name, colon, value = word.strip().partition(":")
-            if not colon or name not in kinds or name in options:
-                raise ValueError(f"{word.strip()!r}: expected factor:10 or limit:3, each once")
-            try:
-                options[name] = kinds[name](value)
-            except ValueError:
-                raise ValueError(f"{word.strip()!r}: expected factor:10 or limit:3") from None
+        options = _numbers(words, {"factor": float, "limit": int})
         return cls(then.strip(), **options)  # type: ignore[arg-type]  # it checks its fields
 
     def __str__(self) -> str:
         """As it is written."""
         factor = "" if self.factor is None else f",factor:{self.factor:g}"
         return f"{self.then}{factor},limit:{self.limit}"
+
+
+def _numbers(words: Iterable[str], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """{"data": 2} of ["data:2"]; raises ValueError where it is not that."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, _, text = word.strip().partition(":")
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(kinds)}"
+            raise ValueError(f"no {name!r} here; {hint}")
+        if name in found:
+            raise ValueError(f"{name} is given twice")
+        try:
+            found[name] = kinds[name](text)
+        except ValueError:
+            example = f"{name}:{2 if kinds[name] is int else 10}"
+            raise ValueError(f"{word.strip()!r}: expected a number, such as {example}") from None
+    return found
 
 
 def _whole(value: object) -> bool:

@@ -35,6 +35,8 @@ class Verdict(NamedTuple):
     bad: Any  # bool[]
     count: Any  # i32[]: `Record.count` after it
     gradient_norm: Any  # f32[]
+    update_norm: Any  # f32[]
+    average: Any  # f32[]: of the loss of good steps before it
 
 
 def judged(
@@ -51,11 +53,12 @@ def judged(
     """
     record, weighs = before.guard, loss.weight > 0
     value = loss.total / jnp.where(weighs, loss.weight, 1)
-    norm = optax.tree.norm(grads)
-    bad = ~(jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates)))
+    norm, moved = optax.tree.norm(grads), optax.tree.norm(updates)
+    bad = ~(jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(moved))
     if guard.factor is not None:
         highest = record.loss + (guard.factor - 1) * jnp.abs(record.loss)
         bad |= (record.steps > 0) & (value > highest)
+    average = record.loss
     steps = jnp.minimum(record.steps + 1, MEMORY)
     seen = Record(record.count, steps, record.loss + (value - record.loss) / steps)
     record = jax.tree.map(partial(jnp.where, ~bad & weighs), seen, record)
@@ -63,4 +66,4 @@ def judged(
         kept = jax.tree.map(partial(jnp.where, bad), before, after)
         after = kept.replace(step=after.step)
         record = record.replace(count=record.count + bad)
-    return after.replace(guard=record), Verdict(bad, record.count, norm)
+    return after.replace(guard=record), Verdict(bad, record.count, norm, moved, average)

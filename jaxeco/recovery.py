@@ -47,8 +47,14 @@ def skipped(ex: Experiment, sums: dict[str, Any], first: int) -> Iterator[str]:
     verdict = sums["guard"] if guard else None
     for i in np.flatnonzero(verdict.bad if verdict else ~np.isfinite(loss_N)).tolist():
         why = f"the loss is {loss_N[i] / (sums['loss'].weight[i] or 1):.6g}"
-        if verdict and not np.isfinite(norm := verdict.gradient_norm[i]):
-            why += f", the gradient's norm {norm}"
+        if guard and verdict and np.isfinite(loss_N[i]):
+            norm, moved = verdict.gradient_norm[i], verdict.update_norm[i]
+            if not np.isfinite(norm):
+                why += f", the gradient's norm {norm},"
+            elif not np.isfinite(moved):
+                why += f", the update's norm {moved},"
+            else:
+                why += f", {guard.factor:g} times its average of {verdict.average[i]:.6g} or more,"
         why += f" at step {first + i + 1}"
         if guard is None or verdict is None or guard.then != "skip":
             raise Diverged(why, first + i, training=True)

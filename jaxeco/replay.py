@@ -221,10 +221,9 @@ def checked(p: "Plan", state: "State") -> Sequence[str]:
         resident = jax.device_put(feed.resident, jax.devices()[0])
     batch = assemble(resident, {name: array[0] for name, array in fed.items()})
     if bad := _not_finite(batch):
-        rows = np.flatnonzero(~np.isfinite(batch[bad[0]]).reshape(len(batch[bad[0]]), -1).all(1))
-        return [
-            f"the data is not finite: {listed(bad)} in example {listed(map(str, rows))} of the batch"
-        ]
+        finite_B = np.isfinite(batch[bad[0]]).reshape(len(batch["mask"]), -1).all(1)
+        where = listed(map(str, np.flatnonzero(~finite_B)))
+        return [f"the data is not finite: {listed(bad)} in example {where} of the batch"]
     found = culprit.find(p.step, state, batch)
     if found is None:
         return ["every operation of this step has a finite result, or one that goes nowhere"]

@@ -35,14 +35,16 @@ def parse(words: list[str]) -> argparse.Namespace:
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps {options.steps}: expected at least 1")
     if options.dry_run and (options.resume or options.steps or options.workdir):
-        parser.error("--dry-run runs nothing: leave out --resume, --steps and --workdir")
+        given = {"--resume": options.resume, "--steps": options.steps, "--workdir": options.workdir}
+        surplus = " and ".join(word for word, value in given.items() if value)
+        parser.error(f"--dry-run runs nothing: leave out {surplus}")
     if (options.coordinator is None) != (options.process is None):
         parser.error("--coordinator HOST:PORT and --process I/N go together")
     if options.multihost and options.coordinator is not None:
         parser.error("--multihost finds out what --coordinator and --process say: leave out either")
     if options.timeout is not None:
         if not (options.multihost or options.coordinator):
-            parser.error("--timeout: of several processes; see --multihost and --coordinator")
+            parser.error("--timeout is for several processes: with --multihost or --coordinator")
         if options.timeout < 5:
             parser.error(f"--timeout {options.timeout}: expected at least 5 seconds")
     return options

@@ -79,7 +79,7 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
         ):
             rows = summary(p, folder, first, resume, log.tensorboard)
             log.table(ex.name, [*rows, *(row for report in reports for row in report.rows())])
-            if p.mesh.size > 1:
+            if any(p.mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
                 log.table(*shared_out(p))
             for note in notes:
                 log.warn(note)
@@ -121,7 +121,7 @@ def dry_run(loaded: Loaded) -> int:
         "memory of the data": _size(sum(d.nbytes for d in (p.train, *p.evals.values()))),
     }
     print("", *(f"{name:<28} {text}" for name, text in rows.items()), sep="\n")
-    if p.mesh.size > 1:
+    if any(p.mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
         print("", table(*shared_out(p)), sep="\n")
     return 0
 
@@ -174,8 +174,9 @@ def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -
     """What is about to happen, for the table at the start."""
     ex = p.ex
     devices = list(p.mesh.devices.flat)
+    spare = f" of {jax.device_count()}" if len(devices) < jax.device_count() else ""
     rows: list[Row] = [
-        ("devices", f"{len(devices)} x {devices[0].device_kind}, through {ex.parallel}"),
+        ("devices", f"{len(devices)} x {devices[0].device_kind}{spare}, through {ex.parallel}"),
         ("parameters", parameters(p)),
         ("FLOPs a step", f"{flops(p):.3g}"),
         ("train", _sized(p.train, p.train.training_examples)),
@@ -223,7 +224,7 @@ def diverged(error: Diverged, checkpoints: Checkpoints, folder: Path) -> Diverge
     good = max((s for s in checkpoints.steps() if s < error.step), default=None)
     last = "no checkpoint before it" if good is None else f"the last good checkpoint is step {good}"
     advice = "try a lower learning rate, or clip_norm=1"
-    if error.step == 0:
+    if error.step == 0 and "update" not in str(error):
         advice = "no update came before it: look at the inputs, the labels and the initialisation"
     if error.training:
         replay = f"python -m jaxeco.replay {folder} {error.step + 1} --check"

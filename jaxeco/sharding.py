@@ -126,7 +126,7 @@ def table(state: Any) -> list[tuple[str, str, str, int, int]]:
         for i, more in enumerate((1, here * leaf.dtype.itemsize, leaf.size * leaf.dtype.itemsize)):
             sums[i] += more
     return [
-        (listed(sorted(kinds), most=2), f"{n} of {shape}" if shape else "", split, here, total)
+        (listed(sorted(kinds), most=1), f"{n} of {shape}" if shape else "", split, here, total)
         for (shape, split), (kinds, (n, here, total)) in rows.items()
     ]
 

@@ -49,7 +49,7 @@ class Row:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.level:<10} {self.what:<42} {self.text}"
+        return f"{self.level:<10} {self.what:<36} {self.text}"
 
 
 def fitted(ex: Experiment, devices: int, steps: int) -> tuple[Experiment, int, list[str]]:
@@ -96,12 +96,13 @@ def compare(losses: np.ndarray, reference: np.ndarray, tolerance: float) -> tupl
     difference = np.abs(losses - reference) / np.maximum(np.abs(reference), 1e-12)
     difference = np.nan_to_num(difference, nan=np.inf)
     at = int(difference.argmax())
-    text = f"largest difference {difference[at]:.1e}, at step {at + 1}"
+    text = f"within {difference[at]:.1e} (step {at + 1})"
     if difference[at] <= tolerance:
         return True, text
     first = int((difference > tolerance).argmax())
     return False, (
-        f"{text}; more than {tolerance:g} from step {first + 1} on; {difference[0]:.1e} at step 1"
+        f"off by {difference[at]:.1e} (step {at + 1});"
+        f" more than {tolerance:g} from step {first + 1} on; {difference[0]:.1e} at step 1"
     )
 
 
@@ -227,7 +228,7 @@ def many(
     state, reference = train(one, one.compiled(), one.start(), 0, steps)
     model = jax.device_get((state.params, state.variables))
     for name, tried in layouts(ex, len(devices)):
-        what = f"1 device = {len(devices)}: {name}"
+        what = f"as on 1: {name}"
         try:
             p = plan(tried, devices)
             start = p.start()
@@ -245,8 +246,8 @@ def many(
         assert wanted is not None and values is not None  # nothing interrupts them
         differences = {name: _distance(values[name], wanted[name]) for name in wanted}
         worst = max(differences, key=lambda name: differences[name])
-        text = f"largest difference {differences[worst]:.1e}, in {worst}"
-        what = f"evaluation on 1 device = {len(devices)}: {split}"
+        text = f"within {differences[worst]:.1e} ({worst})"
+        what = f"as on 1: evaluation of {split}"
         yield Row(what, "ok" if differences[worst] <= tolerance else "failed", text)
 
 

@@ -179,7 +179,7 @@ def test_the_guard_gives_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         train(tmp_path / "a", experiment(guard=Guard("skip", limit=1)))
     assert (error.value.step, int(error.value.state.step)) == (11, 12)
     said = capsys.readouterr().out
-    assert "warning: the loss is nan, the gradient's norm nan at step 4: skipped (1 of" in said
+    assert "warning: the loss is nan at step 4: skipped (1 of" in said
     with pytest.raises(Diverged, match="at step 7, after 2 roll-backs"):
         train(tmp_path / "b", experiment(guard=Guard("rollback", limit=2)))
     said = capsys.readouterr().out
@@ -238,7 +238,8 @@ def test_a_guard_on_the_command_line(text: str) -> None:
     "text", ["jump", "skip,factor", "skip,factor:1", "skip,limit:0", "skip,limit:1,limit:2", ""]
 )
 def test_a_guard_that_is_none(text: str) -> None:
-    with pytest.raises(ValueError, match="expected"):
+    told = "expected skip or|expected a number|expected a whole|given twice"
+    with pytest.raises(ValueError, match=told):
         Guard.parse(text)
-    with pytest.raises(UserError, match=r"guard=.*expected (skip or|factor:|a number|a whole)"):
+    with pytest.raises(UserError, match=rf"guard=.*({told})"):
         config.override(experiment(), ["guard"], text, "guard")

@@ -45,10 +45,10 @@ def test_the_command(tmp_path) -> None:
     assert said.startswith("one CPU device: it plays 2")
     assert "digits_mlp: 4 steps on 2 x cpu, float32" in said
     rows = [line for line in said.splitlines() if line.startswith(("ok", "failed", "not tried"))]
-    for what in ("resumed = uninterrupted", "streamed = resident", "evaluation on 1 device = 2"):
+    for what in ("resumed = uninterrupted", "streamed = resident", "as on 1: evaluation of"):
         assert any(line.startswith("ok") and what in line for line in rows), said
     for layout in ("jit data:2", "shard_map data:2", "pmap data:2", "jit fsdp:2", "jit tensor:2"):
-        assert any(line.startswith("ok") and f"1 device = 2: {layout}" in line for line in rows)
+        assert any(line.startswith("ok") and f"as on 1: {layout}" in line for line in rows)
     assert next(line for line in rows if "sequence:2" in line).startswith("not tried")
     assert list(tmp_path.iterdir()) == []
 
@@ -67,8 +67,8 @@ def test_finds_a_step_that_depends_on_the_number_of_devices(monkeypatch) -> None
     monkeypatch.setattr(verify, "layouts", some)
     rows = list(verify.many(ex, jax.devices()[:2], 4, 1e-5))
     assert levels(rows) == {
-        "1 device = 2: jit data:2": "ok",
-        "1 device = 2: shard_map data:2": "failed",
+        "as on 1: jit data:2": "ok",
+        "as on 1: shard_map data:2": "failed",
     }
     assert "more than 1e-05 from step 1 on" in rows[1].text
 
@@ -105,9 +105,7 @@ def test_comparison_of_losses() -> None:
     assert verify.compare(reference * (1 + 5e-6), reference, 1e-5)[0]
     agree, text = verify.compare(np.array([1.0, 2.002, 4.4]), reference, 1e-5)
     assert not agree
-    assert text == (
-        "largest difference 1.0e-01, at step 3; more than 1e-05 from step 2 on; 0.0e+00 at step 1"
-    )
+    assert text == ("off by 1.0e-01 (step 3); more than 1e-05 from step 2 on; 0.0e+00 at step 1")
     assert not verify.compare(np.array([1.0, np.nan, 4.0]), reference, 1e-5)[0]
 
 
