@@ -260,10 +260,11 @@ def _initialize(place: Place, timeout: int) -> None:
             heartbeat_timeout_seconds=_silence,
         )
     except RuntimeError as error:
-        distributed.global_state.num_processes = 1  # alone, as before
+        alone = distributed.global_state
+        alone.num_processes, alone.client, alone.service = 1, None, None
         raise UserError(
-            f"process {place.index} of {place.count} could not join the others at {place.address}"
-            f" ({error}): start all again"
+            f"process {place.index} of {place.count} could not join the others at {place.address}:"
+            " one of them ended after the roll call; start all again"
         ) from error
     finally:
         distributed._jax = real

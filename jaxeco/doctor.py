@@ -231,7 +231,7 @@ def _mend(facts: Facts) -> str:
         return "; of a pod JAX starts on all hosts at once: run this on all of them together"
     if facts.gpus or facts.tpus:
         return "; JAX_PLATFORMS=cpu goes round the accelerator until that is mended"
-    if asked := facts.environment.get("JAX_PLATFORMS", ""):
+    if (asked := facts.environment.get("JAX_PLATFORMS", "")) not in ("", "cpu"):
         return f"; JAX_PLATFORMS={asked} asks for what is not here: unset it"
     return "; python -c 'import jax; jax.devices()' shows all that JAX says"
 

@@ -32,7 +32,7 @@ class Epochs:
             raise ValueError(f"Epochs({self.count}): expected a number above 0, not infinite")
 
     def steps(self, steps_per_epoch: int) -> int:
-        return max(1, round(self.count * steps_per_epoch))
+        return max(1, round(min(self.count * steps_per_epoch, 2.0**53)))  # float: maybe infinite
 
 
 @dataclass(frozen=True)

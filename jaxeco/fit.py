@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxeco.checkpoint import Checkpoints
@@ -92,6 +93,9 @@ def fit(
                 done = step >= end or interrupt.asked() or (due and stalled(plan, log) is not None)
                 if done or scores or (step and step % every_save == 0):
                     report()  # so that no State is saved behind a loss that is not finite
+                    if not all_finite(state.params):  # nor one whose loss is yet to show it
+                        why = f"the parameters are not finite after step {step}"
+                        raise Diverged(why, max(step - 1, 0), training=True)
                     # an evaluation because of `stop_at` is no candidate for the best: another run,
                     # stopped elsewhere, would not have it
                     scores = scores if plan.evaluates_at(step) else {}
@@ -126,6 +130,11 @@ def fit(
             pending.clear()
             step, offset = int(state.step), int(state.offset)
             first = seen = step
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 def chosen_first(ex: Experiment, split: str, values: dict[str, Any]) -> dict[str, Any]:

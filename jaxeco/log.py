@@ -207,8 +207,11 @@ class Log:
         with self._writing():
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             storage.persistent(self._file.flush)()
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                raise UserError(f"{self.path} was removed while the run wrote it: start anew")
         if self._events is not None:
-            scalars = {f"{split}/{k}": float(v) for k, v in values.items() if np.ndim(v) == 0}
+            finite = {k: v for k, v in values.items() if np.ndim(v) == 0 and np.isfinite(v)}
+            scalars = {f"{split}/{name}": float(value) for name, value in finite.items()}
             try:
                 self._events.write(step, scalars)
             except OSError as error:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from jaxeco.pretrained import Report
 
 
+MOST_EXAMPLES = 2**24  # in a batch of an evaluation, which is padded up to its size
+
+
 @dataclass(frozen=True)
 class Plan:
     """An experiment with its data opened and its parts built: a run without its State."""
@@ -149,6 +152,8 @@ def plan(ex: Experiment, devices: Sequence[jax.Device] | None = None) -> Plan:
     parallel.check_parallel(ex.parallel, mesh)
     parallel.check_batch("batch", ex.batch, mesh, ex.grad_accum)
     parallel.check_batch("eval_batch", ex.eval_batch, mesh)
+    if ex.eval_batch > MOST_EXAMPLES:
+        raise UserError(f"eval_batch={ex.eval_batch}: expected at most {MOST_EXAMPLES:,}")
     train = ex.train.open()
     if ex.batch > (size := train.training_examples):
         raise UserError(f"batch={ex.batch} is more than the {size} examples of {train.name}")

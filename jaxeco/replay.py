@@ -35,8 +35,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     options = parser.parse_args(words)
     if options.step < 1:
         parser.error(f"STEP {options.step}: expected at least 1")
-    if options.offset is not None and options.offset < 0:
-        parser.error(f"--offset {options.offset}: expected 0 or more")
+    if options.offset is not None and not 0 <= options.offset < 2**31:
+        parser.error(f"--offset {options.offset}: expected 0 or more, below 2^31")
     return options
 
 
@@ -63,6 +63,10 @@ def main(words: list[str]) -> int:
     print("not to the bit as in the run: " * bool(doubts) + ("; ".join(doubts) or "to the bit"))
     print(table("\nlargest gradients", parameters))
     if options.check:
+        if _not_finite(_learnt(state)):  # a gradient can be bad a step before the loss shows it
+            origin_state, *_ = beginning(p, options.run, options.step, options.offset)
+            state = last_finite(p, origin_state)
+            print(f"\nthe State was not finite any more after step {int(state.step) + 1:,}, where")
         print("\n" + "\n".join(checked(p, state)))
     return 0
 
@@ -203,6 +207,25 @@ def unlike(p: "Plan", run: Path, loaded: "Loaded", step: int) -> list[str]:
     return [f"{' and '.join(changed)} changed since"] if changed else []
 
 
+def last_finite(p: "Plan", state: "State") -> "State":
+    """The last State from this one on that is finite; this one, if it is not."""
+    import jax
+    import jax.numpy as jnp
+
+    call, offset = p.compiled(), int(state.offset)
+    with p.feed() as feed:
+        while True:
+            before = jax.tree.map(jnp.copy, state)
+            state, _ = call(state, feed.resident, feed.fed(int(before.step) + offset))
+            if _not_finite(_learnt(state)):
+                return before
+
+
+def _learnt(state: "State") -> dict[str, Any]:
+    parts = ("params", "variables", "opt_state")
+    return {name: getattr(state, name) for name in parts}
+
+
 def checked(p: "Plan", state: "State") -> Sequence[str]:
     """The step after `state`, operation by operation on one device: lines that name the culprit."""
     import jax
@@ -213,8 +236,7 @@ def checked(p: "Plan", state: "State") -> Sequence[str]:
     from jaxeco.trees import listed
 
     state = jax.device_put(state, jax.devices()[0])
-    parts = {"params": state.params, "variables": state.variables, "opt_state": state.opt_state}
-    if bad := _not_finite(parts):
+    if bad := _not_finite(_learnt(state)):
         return [f"not finite before this step: {listed(bad)}; replay an earlier step"]
     with p.feed() as feed:
         fed = feed.fed(int(state.step + state.offset))
