@@ -325,7 +325,8 @@ def _watch_lives() -> None:
             time.sleep(_silence)
             _lost()
         if gone := [i for i in everyone if i not in alive]:
-            _end(f"{_named(gone, len(everyone))} gone, without a sign of life; {AGAIN}")
+            are = "is" if len(gone) == 1 else "are"
+            _end(f"{_named(gone, len(everyone))} {are} gone, without a sign of life; {AGAIN}")
         time.sleep(1)
 
 

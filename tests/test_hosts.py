@@ -387,7 +387,7 @@ def test_the_roll_call_knows_strangers_doubles_and_other_counts() -> None:
         (["--process", "0/2"], "--coordinator HOST:PORT and --process I/N go together"),
         (["--coordinator", "a:1"], "--coordinator HOST:PORT and --process I/N go together"),
         (["--multihost", "--coordinator", "a:1", "--process", "0/2"], "leave out either"),
-        (["--timeout", "9"], "--timeout: of several processes"),
+        (["--timeout", "9"], "--timeout is for several processes"),
         (["--coordinator", "a:1", "--process", "0/2", "--timeout", "1"], "at least 5 seconds"),
         (["--coordinator", "a:1", "--process", "2/2"], "expected 0/2 to 1/2"),
         (["--coordinator", "a:1", "--process", "0/0"], "expected I/N"),

@@ -121,7 +121,8 @@ def test_a_step_after_the_parameters_went_bad(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = said(capsys, run, 5, "--check")
-    assert "not finite before this step: params/Dense_0/bias" in out
+    assert "the State was not finite any more after step 4, where" in out
+    assert "first operation that goes bad is log, in the forward pass" in out
 
 
 def test_what_cannot_be_replayed(run: Path, tmp_path: Path) -> None:
