@@ -11,7 +11,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import gcd
+from itertools import product
+from math import gcd, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,8 +75,14 @@ def fitted(ex: Experiment, devices: int, steps: int) -> tuple[Experiment, int, l
     return replace(ex, batch=batch, eval_batch=eval_batch, steps_per_call=calls), steps, notes
 
 
-def layouts(ex: Experiment, devices: int) -> Iterator[tuple[str, Experiment]]:
-    """Every way in which several devices may share a step; some may not suit the model."""
+def layouts(
+    ex: Experiment, devices: int, every_mesh: bool = False
+) -> Iterator[tuple[str, Experiment]]:
+    """Ways in which several devices may share a step; some may not suit the model.
+
+    Args:
+      every_mesh: whether to try all shapes, rather than each axis and a few mixtures.
+    """
     row = MeshShape(data=devices)
     for how in ("jit", "shard_map", "pmap"):
         yield f"{how} {row}", replace(ex, parallel=how, mesh=row)
@@ -87,7 +94,10 @@ def layouts(ex: Experiment, devices: int) -> Iterator[tuple[str, Experiment]]:
         meshes.append(MeshShape(devices // 4, fsdp=2, tensor=2))
     if ex.mesh != MeshShape():
         meshes.append(ex.mesh)
-    for mesh in dict.fromkeys(meshes):
+    if every_mesh:
+        sizes = product(range(1, devices + 1), repeat=4)
+        meshes += [MeshShape(*four) for four in sizes if prod(four) == devices]
+    for mesh in dict.fromkeys(mesh for mesh in meshes if mesh != row):
         yield f"jit {mesh}", replace(ex, parallel="jit", mesh=mesh)
 
 
@@ -217,7 +227,11 @@ def streamed(ex: Experiment, devices: list["jax.Device"], steps: int) -> Row:
 
 
 def many(
-    ex: Experiment, devices: list["jax.Device"], steps: int, tolerance: float
+    ex: Experiment,
+    devices: list["jax.Device"],
+    steps: int,
+    tolerance: float,
+    every_mesh: bool = False,
 ) -> Iterator[Row]:
     """Training on all devices, in every layout, and evaluation: against one device."""
     import jax
@@ -227,7 +241,7 @@ def many(
     one = plan(replace(ex, parallel="jit", mesh=MeshShape()), devices[:1])
     state, reference = train(one, one.compiled(), one.start(), 0, steps)
     model = jax.device_get((state.params, state.variables))
-    for name, tried in layouts(ex, len(devices)):
+    for name, tried in layouts(ex, len(devices), every_mesh):
         what = f"as on 1: {name}"
         try:
             p = plan(tried, devices)
@@ -266,6 +280,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("file", type=Path, help="the experiment, such as experiments/digits_mlp.py")
     add("assignments", nargs="*", metavar="key=value", help="its arguments, or fields: batch=16")
     add("--steps", type=int, default=20, help="steps that are compared (20)")
+    add("--every-mesh", action="store_true", help="all mesh shapes, not a choice of them")
     add("--devices", type=int, help=f"default: all; {FAKE} fake ones where there is one CPU device")
     options = parser.parse_intermixed_args(words)
     if options.steps < 2:
@@ -297,13 +312,15 @@ def devices_to_use(asked: int | None) -> list["jax.Device"]:
     return there
 
 
-def verify(ex: Experiment, devices: list["jax.Device"], steps: int, folder: Path) -> Iterator[Row]:
+def verify(
+    ex: Experiment, devices: list["jax.Device"], steps: int, folder: Path, every_mesh: bool
+) -> Iterator[Row]:
     """The rows, one by one as they are found."""
     tolerance = TOLERANCE[ex.precision]
     yield from resumed(ex, devices, steps, folder)
     yield streamed(ex, devices, steps)
     if len(devices) > 1:
-        yield from many(ex, devices, steps, tolerance)
+        yield from many(ex, devices, steps, tolerance, every_mesh)
     else:
         text = "there is one; JAX_PLATFORMS=cpu tries it on fake ones"
         yield Row("1 device = several", "not tried", text)
@@ -335,7 +352,7 @@ def main(words: list[str]) -> int:
         print(f"changed: {note}")
     rows = []
     with tempfile.TemporaryDirectory(prefix="jaxeco-verify-") as folder:
-        for row in verify(ex, devices, steps, Path(folder)):
+        for row in verify(ex, devices, steps, Path(folder), options.every_mesh):
             print(row, flush=True)
             rows.append(row)
     failed = [row for row in rows if row.level == "failed"]

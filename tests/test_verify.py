@@ -63,7 +63,7 @@ def test_finds_a_step_that_depends_on_the_number_of_devices(monkeypatch) -> None
     ex = tiny(augment=(by_place_in_the_shard,), evals={}, best=None)
     wanted = {"jit data:2", "shard_map data:2"}  # the others cost time
     real = verify.layouts
-    some = lambda ex, n: (pair for pair in real(ex, n) if pair[0] in wanted)  # noqa: E731
+    some = lambda ex, n, _: (pair for pair in real(ex, n) if pair[0] in wanted)  # noqa: E731
     monkeypatch.setattr(verify, "layouts", some)
     rows = list(verify.many(ex, jax.devices()[:2], 4, 1e-5))
     assert levels(rows) == {
@@ -125,3 +125,10 @@ def test_what_is_changed_is_said() -> None:
 def test_mistakes(words) -> None:
     with pytest.raises(verify.UserError, match=r"expected at least 2|there are 8"):
         verify.main([str(DIGITS), *words])
+
+
+def test_every_mesh_shape_is_a_layout_once() -> None:
+    found = [layout.mesh for _, layout in verify.layouts(tiny(), 8, every_mesh=True)]
+    shapes = {(m.data, m.fsdp, m.sequence, m.tensor) for m in found}
+    assert len(shapes) == 20  # as many as 2^3 can be shared out among four axes
+    assert len(found) == 20 + 2  # data:8 is compiled in three ways
