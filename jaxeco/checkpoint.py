@@ -21,12 +21,14 @@ import math
 import os
 import re
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -37,6 +39,7 @@ from jaxeco.errors import UserError
 from jaxeco.ondisk import About, Damaged
 from jaxeco.trees import named, nested
 
+PATIENCE = 60.0  # s that a save may take once the clock on the wall was set
 MISSED = 3  # saves in a row that storage does not take, until the run ends
 
 State = Any  # a pytree of arrays, typed PRNG keys among them
@@ -58,6 +61,15 @@ class _Passing(UserError):
     """Storage failed in a way that may pass."""
 
 
+def _settle(done: "futures.Future[None]", action: Callable[[], None]) -> None:
+    """What comes of an action, as the outcome of a future."""
+    try:
+        action()
+        done.set_result(None)
+    except BaseException as error:
+        done.set_exception(error)
+
+
 @dataclass(frozen=True)
 class _Save:
     """A save that is going on: what it takes to begin it anew, and what will come of it."""
@@ -66,6 +78,8 @@ class _Save:
     state: State
     needed: int | None
     done: futures.Future[None]
+    began: float  # by the clock that only goes forward
+    clocks: float  # how far the clock on the wall was ahead of that one
 
     @property
     def given_up(self) -> bool:
@@ -106,7 +120,6 @@ class Checkpoints:
         self._keep = keep
         self._best = {"metric": best, "mode": best_mode} if best is not None else None
         self._description = json.loads(json.dumps(description))
-        self._worker = futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Save | None = None
         self._missed = 0  # saves in a row that storage did not take
         _by_first(self._prepare)
@@ -179,7 +192,7 @@ class Checkpoints:
         for pause in (*storage.PAUSES, None):
             if (save := self._pending) is None:
                 return
-            futures.wait([save.done])  # interrupted by Ctrl-C, it is still pending afterwards
+            self._await(save)  # interrupted by Ctrl-C, it is still pending afterwards
             self._pending = None
             try:
                 save.done.result()
@@ -191,11 +204,27 @@ class Checkpoints:
                 self._start(save.about, save.state, save.needed)
 
     def close(self) -> None:
-        """Waits for the last save and gives its thread back. Raises UserError if it failed."""
-        try:
-            self.wait()
-        finally:
-            self._worker.shutdown()
+        """Waits for the last save. Raises UserError if it failed."""
+        self.wait()
+
+    def _await(self, save: _Save) -> None:
+        """Returns when a save is through.
+
+        tensorstore waits by the clock on the wall: where that has been set back, it can wait for
+        the same hour to come again.
+
+        Raises:
+          UserError: the clock was set while it was writing, and it is not through long after.
+        """
+        while not futures.wait([save.done], timeout=PATIENCE / 10).done:
+            moved = time.time() - time.monotonic() - save.clocks
+            if abs(moved) > PATIENCE and time.monotonic() - save.began > PATIENCE:
+                self._pending = None
+                raise UserError(
+                    f"checkpoint {save.about.step} is not through after {PATIENCE:g} s: the"
+                    f" machine's clock was set by {moved:,.0f} s meanwhile; start again, with"
+                    " --resume"
+                )
 
     def restore(self, abstract_state: State, up_to: int | None = None) -> tuple[State, int] | None:
         """Reads the newest good checkpoint, straight onto the devices that are to hold it.
@@ -288,10 +317,13 @@ class Checkpoints:
                 return False
             with jax.transfer_guard("allow"):
                 written = ondisk.write(temporary, ondisk.data(state))
-            done = self._worker.submit(self._commit, about.step, temporary, written, needed)
+            commit = partial(self._commit, about.step, temporary, written, needed)
+            # a daemon: where it hangs, the process can end nevertheless
+            threading.Thread(target=_settle, args=(done, commit), daemon=True).start()
         except _Passing as failure:
             done.set_exception(failure)
-        self._pending = _Save(about, state, needed, done)
+        began = time.monotonic()
+        self._pending = _Save(about, state, needed, done, began, time.time() - began)
         return True
 
     def _begin(self, about: About, temporary: Path) -> bool:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxeco import run, storage, trees
+from jaxeco import checkpoint, ondisk, run, storage, trees
 from jaxeco.checkpoint import Checkpoints, load
 from jaxeco.errors import UserError
 from jaxeco.folder import open_run
@@ -222,6 +223,20 @@ def test_cut_off_while_one_checkpoint_takes_the_place_of_another(tmp_path):
         found = checkpoints.restore(abstract(make_state()))
     assert found is not None and found[1] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_save_that_waits_for_a_clock_that_was_set_back(tmp_path, monkeypatch):
+    """As tensorstore can: it ends in an error, not never."""
+    never = threading.Event()
+    monkeypatch.setattr(ondisk, "write", lambda *_: never.wait)
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.2)
+    real = time.time
+    with pytest.raises(UserError, match=r"clock was set by -86,400 s .*--resume"):
+        with Checkpoints(tmp_path, description={}) as checkpoints:
+            checkpoints.save(make_state(1))
+            monkeypatch.setattr(time, "time", lambda: real() - 86_400)
+            checkpoints.wait()
+    never.set()
 
 
 def test_nothing_saved_yet(tmp_path):

@@ -17,9 +17,9 @@ from jaxeco.data.tokens import Present, Windows
 from jaxeco.plan import plan
 
 FILES = {
-    "lenet": "experiments/cifar_lenet.py",
-    "cifar_cnn": "experiments/cifar_cnn.py",
-    "char_gpt": "experiments/shakespeare_char.py",
+    "lenet": ("experiments/cifar_lenet.py", []),
+    "cifar_cnn": ("experiments/cifar_cnn.py", ["batch=500"]),
+    "char_gpt": ("experiments/shakespeare_char.py", []),
 }
 
 
@@ -41,7 +41,7 @@ def images() -> data.Arrays:
 
 
 def main(workload: str) -> None:
-    ex = config.load(FILES[workload]).experiment
+    ex = config.load(*FILES[workload]).experiment
     train, units = (Text(), 64) if workload == "char_gpt" else (images(), 1)
     p = plan(dataclasses.replace(ex, train=train, evals={}, best=None))
     call, feed = p.compiled(), p.feed()
