@@ -10,6 +10,9 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAXECO_CACHE"] = CACHE
 os.environ["MPLBACKEND"] = "agg"
+# What is compiled here runs for milliseconds: to optimise it takes a third of the tests' time. A
+# value of your own in XLA_FLAGS wins.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from jaxeco import runtime
 
