@@ -39,7 +39,7 @@ from jaxeco.errors import UserError
 from jaxeco.ondisk import About, Damaged
 from jaxeco.trees import named, nested
 
-PATIENCE = 60.0  # s that a save may take once the clock on the wall was set
+PATIENCE = 100.0  # s that a save may take once the clock on the wall was set by as much
 MISSED = 3  # saves in a row that storage does not take, until the run ends
 
 State = Any  # a pytree of arrays, typed PRNG keys among them
@@ -79,7 +79,6 @@ class _Save:
     needed: int | None
     done: futures.Future[None]
     began: float  # by the clock that only goes forward
-    clocks: float  # how far the clock on the wall was ahead of that one
 
     @property
     def given_up(self) -> bool:
@@ -121,6 +120,8 @@ class Checkpoints:
         self._best = {"metric": best, "mode": best_mode} if best is not None else None
         self._description = json.loads(json.dumps(description))
         self._pending: _Save | None = None
+        # how far the clock on the wall is ahead of the one that only goes forward
+        self._clocks = time.time() - time.monotonic()
         self._missed = 0  # saves in a row that storage did not take
         _by_first(self._prepare)
 
@@ -210,20 +211,20 @@ class Checkpoints:
     def _await(self, save: _Save) -> None:
         """Returns when a save is through.
 
-        tensorstore waits by the clock on the wall: where that has been set back, it can wait for
-        the same hour to come again.
+        tensorstore's threads wait by the clock on the wall: where that has been set back, they can
+        wait for the same hour to come again.
 
         Raises:
-          UserError: the clock was set while it was writing, and it is not through long after.
+          UserError: the clock was set since the session began, and the save takes long.
         """
         while not futures.wait([save.done], timeout=PATIENCE / 10).done:
-            moved = time.time() - time.monotonic() - save.clocks
+            moved = time.time() - time.monotonic() - self._clocks
             if abs(moved) > PATIENCE and time.monotonic() - save.began > PATIENCE:
                 self._pending = None
                 raise UserError(
                     f"checkpoint {save.about.step} is not through after {PATIENCE:g} s: the"
-                    f" machine's clock was set by {moved:,.0f} s meanwhile; start again, with"
-                    " --resume"
+                    f" machine's clock was set by {moved:,.0f} s since the start; start again,"
+                    " with --resume"
                 )
 
     def restore(self, abstract_state: State, up_to: int | None = None) -> tuple[State, int] | None:
@@ -322,8 +323,7 @@ class Checkpoints:
             threading.Thread(target=_settle, args=(done, commit), daemon=True).start()
         except _Passing as failure:
             done.set_exception(failure)
-        began = time.monotonic()
-        self._pending = _Save(about, state, needed, done, began, time.time() - began)
+        self._pending = _Save(about, state, needed, done, time.monotonic())
         return True
 
     def _begin(self, about: About, temporary: Path) -> bool:
