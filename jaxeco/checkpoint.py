@@ -35,7 +35,7 @@ from typing import Any, Literal, Self, TypeVar
 import jax
 
 from jaxeco import hosts, ondisk, storage
-from jaxeco.errors import UserError
+from jaxeco.errors import Hung, UserError
 from jaxeco.ondisk import About, Damaged
 from jaxeco.trees import named, nested
 
@@ -215,13 +215,13 @@ class Checkpoints:
         wait for the same hour to come again.
 
         Raises:
-          UserError: the clock was set since the session began, and the save takes long.
+          Hung: the clock was set since the session began, and the save takes long.
         """
         while not futures.wait([save.done], timeout=PATIENCE / 10).done:
             moved = time.time() - time.monotonic() - self._clocks
             if abs(moved) > PATIENCE and time.monotonic() - save.began > PATIENCE:
                 self._pending = None
-                raise UserError(
+                raise Hung(
                     f"checkpoint {save.about.step} is not through after {PATIENCE:g} s: the"
                     f" machine's clock was set by {moved:,.0f} s since the start; start again,"
                     " with --resume"

@@ -1,13 +1,14 @@
 """How every command of jaxeco starts and ends: JAX's settings before, an exit status after."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
 from jaxeco import cluster, hosts, runtime
-from jaxeco.errors import UserError
+from jaxeco.errors import Hung, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,11 +34,11 @@ def start(main: Callable[[list[str]], int]) -> NoReturn:
     """
     runtime.configure()
     warnings.showwarning = _warn
-    said = ""
+    said, hung = "", False
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        status, said = error.status, f"error: {error}"
+        status, said, hung = error.status, f"error: {error}", isinstance(error, Hung)
     except KeyboardInterrupt:
         status, said = 130, "interrupted"
     except Exception as error:
@@ -47,7 +48,9 @@ def start(main: Callable[[list[str]], int]) -> NoReturn:
     if hosts.count() > 1:
         cluster.fail(said, status) if said else cluster.leave(status)
     if said:
-        print(said, file=sys.stderr)
+        print(said, file=sys.stderr, flush=True)
+    if hung:
+        os._exit(status)
     sys.exit(status)
 
 

@@ -16,3 +16,7 @@ class RunFailed(UserError):
     """A run that was well described but could not be carried through."""
 
     status = 1
+
+
+class Hung(RunFailed):
+    """A thread of a library will not end, and must not keep the process from its own end."""

@@ -389,7 +389,7 @@ def clock(trials: Trials, row: Row) -> None:
         if not run.until(lambda then=then: newest(folder) > then + 2 * SAVE_EVERY):
             if run.going or "clock was set" not in run.complaint():
                 raise Lost(f"no save after a jump by {days} days: {run.complaint()}")
-            run.end(2)
+            run.end(1)
         run.kill()
         check_loss(row, folder, there)
         if there and f"from step {there:,}" not in run.said():
