@@ -13,6 +13,7 @@ Nothing here executes code from a checkpoint: metadata is JSON, arrays are raw b
 No collective of the devices is used, so that a checkpoint can be written while they train.
 """
 
+import errno
 import functools
 import json
 import logging
@@ -117,8 +118,14 @@ def write(folder: Path, arrays: Mapping[str, Any]) -> Callable[[], dict[str, str
         return fail
 
     def wait() -> dict[str, str]:
+        failures = []
         for part in started or []:
-            part.result()
+            try:
+                part.result()
+            except (OSError, ValueError) as error:  # the other parts go on meanwhile
+                failures.append(error)
+        if failures:
+            raise failures[0]
         ours = folder / "state" / f"ocdbt.process_{hosts.index()}"
         if not ours.exists():  # others hold all there is
             return {}
@@ -140,6 +147,9 @@ def finish(folder: Path, sums: Mapping[str, str]) -> None:
 
     handler = _handler()
     handler.finalize(epath.Path(folder / "state"))
+    if sums and not (folder / "state" / "manifest.ocdbt").exists():
+        # orbax takes a listing of the folder that failed for one of an empty folder
+        raise OSError(errno.EIO, "the parts of a checkpoint were not put together")
     whole = {
         name: sums[name] if name in sums else storage.sha256(path)
         for name, path in storage.files(folder).items()
