@@ -1,5 +1,6 @@
 """The loop that carries out a plan: when it trains, evaluates, logs, saves and ends."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jaxeco.forward import results
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log
 from jaxeco.plan import Plan
+from jaxeco.profile import Profile
 from jaxeco.recovery import Diverged, rolled_back, skipped, way_back
 from jaxeco.train import State
 from jaxeco.watch import Watch
@@ -24,6 +26,7 @@ def fit(
     log: Log,
     interrupt: Interrupt,
     stop_at: int | None = None,
+    profile: Profile | None = None,
 ) -> State:
     """Trains from `state` to the end of the run, to step `stop_at`, or until interrupted.
 
@@ -81,9 +84,12 @@ def fit(
             if np.ndim(value) == 0
         }
 
-    with feed, watch:
+    with feed, watch, profile or contextlib.nullcontext():
         while True:
             try:
+                if profile and profile.ended(step, state):
+                    log.mark(step)
+                    watch.mark()
                 scores = {}
                 due = step and (step % every_eval == 0 or step >= end)
                 if due and not all(log.evaluated(step, split) for split in evaluators):
@@ -107,6 +113,8 @@ def fit(
                 if done:
                     checkpoints.wait()
                     return state
+                if profile:
+                    profile.begins(step, state)
                 n = plan.call_length(step, end)
                 state, sums = call(state, feed.resident, watch.fed(step + offset, n))
                 watch.called(step, n, sums)
@@ -122,6 +130,8 @@ def fit(
             except Diverged as error:
                 error.state = state
                 back = way_back(plan, error)
+                if profile:
+                    profile.went_back(back.step)
             else:
                 continue
             del state  # there may be no room for two

@@ -1,9 +1,18 @@
 """Runs an experiment: python -m jaxeco.run experiments/cifar_cnn.py [key=value ...] [options]"""
 
 import argparse
+import re
 from pathlib import Path
 
 from jaxeco import cluster, command, config
+
+
+def steps(text: str) -> tuple[int, ...]:
+    """The type of --profile: first step and end, or none."""
+    match = re.fullmatch(r"(\d+):(\d+)|", text)
+    if match is None or (text and int(match[1]) >= int(match[2])):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected FIRST:END, such as 100:110")
+    return tuple(int(n) for n in match.groups() if n)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -17,12 +26,20 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--steps", type=int, help="stop after this step; --resume goes on from there")
     add("--dry-run", action="store_true", help="show the resolved experiment and its cost only")
+    add(
+        "--profile", type=steps, metavar="[100:110]", help="trace steps; show what takes their time"
+    )
     add("--multihost", action="store_true", help="one of a TPU pod's, SLURM's, Kubernetes' hosts")
     add("--coordinator", metavar="HOST:PORT", help="or say where the first of them listens ...")
     add("--process", metavar="I/N", help="... and which of how many this is, from 0")
     add("--timeout", type=int, help=f"s, to arrive or give a sign of life ({cluster.TIMEOUT})")
     add("-h", "--help", action="store_true", help="with FILE: the experiment's arguments")
-    own = ("--workdir=", "--steps=", "--coordinator=", "--process=", "--timeout=")
+    own = ("--workdir=", "--steps=", "--coordinator=", "--process=", "--timeout=", "--profile=")
+    followers = [*words[1:], ""]  # --profile takes the next word only if that is a window
+    words = [
+        "--profile=" if word == "--profile" and not re.match(r"\d+(:|$)", after) else word
+        for word, after in zip(words, followers)
+    ]
     for word in words:
         if word.startswith("--") and "=" in word and not word.startswith(own):
             parser.error(f"{word}: arguments of the experiment are written {word.lstrip('-')}")
@@ -34,10 +51,12 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error("no experiment file given")
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps {options.steps}: expected at least 1")
-    if options.dry_run and (options.resume or options.steps or options.workdir):
+    if options.dry_run:
         given = {"--resume": options.resume, "--steps": options.steps, "--workdir": options.workdir}
+        given["--profile"] = options.profile is not None
         surplus = " and ".join(word for word, value in given.items() if value)
-        parser.error(f"--dry-run runs nothing: leave out {surplus}")
+        if surplus:
+            parser.error(f"--dry-run runs nothing: leave out {surplus}")
     if (options.coordinator is None) != (options.process is None):
         parser.error("--coordinator HOST:PORT and --process I/N go together")
     if options.multihost and options.coordinator is not None:
@@ -71,7 +90,7 @@ def main(words: list[str]) -> int:
 
     if options.dry_run:
         return session.dry_run(loaded)
-    return session.run(loaded, options.workdir, options.resume, options.steps)
+    return session.run(loaded, options.workdir, options.resume, options.steps, options.profile)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from jaxeco.forward import predict
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics, table
 from jaxeco.plan import Plan, fingerprint, plan, shapes
+from jaxeco.profile import Profile, window
 from jaxeco.recovery import Diverged
 from jaxeco.train import State, train_step
 from jaxeco.trees import named
@@ -37,8 +38,17 @@ Row = Sequence[str]
 PACE = re.compile("step|time|learning_rate|data_wait|.*_per_second")  # in the log, but no result
 
 
-def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None) -> int:
+def run(
+    loaded: Loaded,
+    workdir: Path | None,
+    resume: bool,
+    stop_at: int | None,
+    profiled: Sequence[int] | None = None,
+) -> int:
     """Trains, evaluates, saves and reports; returns the exit status.
+
+    Args:
+      profiled: first step and end of what to profile; () leaves the choice to `profile.window`.
 
     Raises:
       UserError: something does not fit, before anything is compiled; or a file cannot be written.
@@ -47,7 +57,7 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
     ex = loaded.experiment
     folders.check(ex.name, workdir, resume)  # complains before the data is opened
     p = plan(ex)
-    check_alike(p, {"--resume": resume, "--steps": stop_at})
+    check_alike(p, {"--resume": resume, "--steps": stop_at, "--profile": profiled})
     with (
         folders.claimed(ex.name, workdir, resume) as folder,
         Checkpoints(
@@ -60,6 +70,10 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
     ):
         found = checkpoints.restore(p.abstract_state()) if resume else None
         reports: list[Report] = []
+        end = min(p.steps, stop_at or p.steps)
+        at = None
+        if profiled is not None:
+            at = window(p, found[1] if found else 0, end, profiled)
         state, first = found or (p.start(reports.append), 0)
         facts, notes = environment(p), []
         if hosts.first():
@@ -84,7 +98,8 @@ def run(loaded: Loaded, workdir: Path | None, resume: bool, stop_at: int | None)
             for note in notes:
                 log.warn(note)
             try:
-                state = fit(p, state, checkpoints, log, interrupt, stop_at)
+                profile = Profile(at, p, folder, log) if at else None
+                state = fit(p, state, checkpoints, log, interrupt, stop_at, profile)
             except Diverged as error:
                 raise diverged(error, checkpoints, folder) from error
             log.finished()

@@ -12,7 +12,7 @@ FLOORS = [
     ["run", "weights", "sample", "replay", "prepare", "doctor", "verify"],
     ["session", "command"],
     ["fit"],
-    ["recovery"],
+    ["profile", "recovery"],
     ["plan"],
     ["evaluate", "train", "pretrained", "watch"],
     "cluster guard generate forward parallel checkpoint log plots folder interrupt".split(),
@@ -20,7 +20,7 @@ FLOORS = [
     ["experiment"],
     ["optim", "data", "models", "losses", "ranking", "ondisk"],
     ["metrics", "schedules", "sharding"],
-    ["axes", "culprit", "description", "hosts", "runtime", "storage", "trees"],
+    ["axes", "culprit", "description", "hosts", "runtime", "storage", "timeline", "trees"],
     ["errors"],
 ]
 HEIGHT = {name: -floor for floor, names in enumerate(FLOORS) for name in names}
