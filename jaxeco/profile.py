@@ -7,7 +7,7 @@ whole of the table, of which the terminal shows ten rows.
 
 import csv
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -187,13 +187,13 @@ class Profile:
             rows.writerow(field.name for field in fields(Operation))
             rows.writerows(map(astuple, used.operations))
         before = f"; {self._before:.3f} ms without a profiler" if self._before else ""
-        kinds = list(used.by_kind().items())[:6]
         title = f"profile of steps {at.first:,} to {at.end:,}"
         summary = [
             ("a step", f"{ms:.3f} ms{before}"),
             ("in operations", f"{used.busy:.1%}"),
             *([("between calls", f"{used.between:.1%}")] if used.between is not None else []),
-            ("by kind", ", ".join(f"{kind} {share:.1%}" for kind, share in kinds)),
+            ("by kind", most(used.by_kind())),
+            ("by layer", most(used.by_layer())),
             ("trace", str(path.with_name(path.name.replace(".xplane.pb", ".trace.json.gz")))),
             ("all operations", f"{everything}, of which {len(used.operations)}"),
         ]
@@ -201,10 +201,15 @@ class Profile:
         self._log.table(*shown(used))
 
 
-def shown(used: Usage) -> tuple[str, list[tuple[str, ...]]]:
+def most(shares: Mapping[str, float], n: int = 6) -> str:
+    """The largest, in words."""
+    return ", ".join(f"{name or 'unknown'} {share:.1%}" for name, share in [*shares.items()][:n])
+
+
+def shown(used: Usage) -> tuple[str, list[Sequence[str]]]:
     """The most expensive operations: a title and rows."""
     top = used.operations[:SHOWN]
-    rows = [("kind", "ms", "share", "calls", "operation")]
+    rows: list[Sequence[str]] = [("kind", "ms", "share", "calls", "operation")]
     rows += [
         (o.kind, f"{o.ms:.3f}", f"{o.share:.1%}", f"{o.calls:.3g}", f"{o.name}, {o.source}")
         for o in top

@@ -13,7 +13,7 @@ of all operations add up to the time in which the device was at work.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ MACHINERY = re.compile(
     r"while|body|cond|closed_call|branch_\d+_fun|checkpoint|rematted_computation|shard_map|pjit"
     r"|custom_\w+_call|xla_\w+|"
 )
+Key = tuple[str, str]  # of an instruction: its program and its name
+HELD = re.compile(r"(?:body|condition|calls|to_apply|_computation)=%?([\w.-]+)")
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][a-z0-9-]*)\((.*)")
 
 
@@ -71,10 +73,17 @@ class Usage:
 
     def by_kind(self) -> dict[str, float]:
         """Shares of the step, the largest first."""
-        shares: Counter[str] = Counter()
+        return self._shares(lambda operation: operation.kind)
+
+    def by_layer(self) -> dict[str, float]:
+        """Shares of the step, the largest first; "block_*/mlp" is that of all blocks."""
+        return self._shares(lambda operation: re.sub(r"\d+(?=.*/)", "*", operation.source))
+
+    def _shares(self, group: Callable[[Operation], str]) -> dict[str, float]:
+        shares: dict[str, float] = defaultdict(float)
         for operation in self.operations:
-            shares[operation.kind] += operation.share
-        return dict(shares.most_common())
+            shares[group(operation)] += operation.share
+        return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def usage(spans: Sequence[Span], programs: Iterable[tuple[str, str]], ms: float, n: int) -> Usage:
@@ -85,48 +94,47 @@ def usage(spans: Sequence[Span], programs: Iterable[tuple[str, str]], ms: float,
       programs: name and text of each that may have run.
     """
     known = instructions(spans, programs)
-    own: Counter[tuple[str, str]] = Counter()
-    calls = Counter((span.program, span.name) for span in spans)
     devices = defaultdict(list)
     for span in spans:
         devices[span.device].append(span)
+    own: dict[Key, float] = defaultdict(float)
     busy = within = 0.0
     for of_device in devices.values():
-        times = own_times(of_device, lambda span: is_control(known, span))
-        own.update(times)
-        busy += sum(times.values())
+        for key, ns in own_times(of_device, lambda span: is_control(known, span)).items():
+            own[key] += ns
+            busy += ns
         within += sum(end - start for start, end in runs(of_device))
+    times = Counter((span.program, span.name) for span in spans)
     whole = ms * 1e6 * n * max(1, len(devices))  # ns
     found = []
-    for (program, name), ns in own.most_common():
+    for (program, name), ns in sorted(own.items(), key=lambda item: -item[1]):
         of = known.get((program, name), Instruction(re.sub(r"[.\d]+$", "", name), ""))
-        each = calls[program, name] / n / len(devices)
-        found.append(Operation(name, of.kind, of.source, ms * ns / whole, ns / whole, each))
+        calls = times[program, name] / n / len(devices)
+        found.append(Operation(name, of.kind, of.source, ms * ns / whole, ns / whole, calls))
     told = all(span.call is not None for span in spans)
     return Usage(tuple(found), ms, busy / whole, 1 - within / whole if told else None)
 
 
-def is_control(known: Mapping[tuple[str, str], Instruction], span: Span) -> bool:
+def is_control(known: Mapping[Key, Instruction], span: Span) -> bool:
     key = span.program, span.name
     return bool(CONTROL.match(known[key].kind if key in known else span.name))
 
 
-def own_times(spans: Iterable[Span], control: Any) -> Counter[tuple[str, str]]:
-    """ns of each (program, name) on one device, as the head of this file says.
+def own_times(spans: Iterable[Span], control: Callable[[Span], bool]) -> dict[Key, float]:
+    """ns of each instruction on one device, as the head of this file says.
 
     Args:
-      control: Span -> bool: whether it only holds others.
+      control: whether a span only holds others.
     """
-    edges = sorted(
-        ((at, begins, i, span) for i, span in enumerate(spans)
-         for at, begins in ((span.start, True), (span.end, False)) if span.end > span.start),
-        key=lambda edge: edge[:3],
-    )  # fmt: skip
-    own: Counter[tuple[str, str]] = Counter()
-    working: dict[int, tuple[str, str]] = {}
-    holding: dict[int, tuple[str, str]] = {}
+    edges = []
+    for i, span in enumerate(spans):
+        if span.end > span.start:
+            edges += [(span.start, True, i, span), (span.end, False, i, span)]
+    own: dict[Key, float] = defaultdict(float)
+    working: dict[int, Key] = {}
+    holding: dict[int, Key] = {}
     since = 0.0
-    for at, begins, i, span in edges:
+    for at, begins, i, span in sorted(edges, key=lambda edge: edge[:3]):
         running = list(working.values()) or list(holding.values())[-1:]  # the innermost
         for key in running:
             own[key] += (at - since) / len(running)
@@ -204,7 +212,7 @@ def _on_threads(events: list[Any]) -> Iterator[Span]:
 
 def instructions(
     spans: Iterable[Span], programs: Iterable[tuple[str, str]]
-) -> dict[tuple[str, str], Instruction]:
+) -> dict[Key, Instruction]:
     """What each (program, name) of the spans is.
 
     Of several programs with a name, the one that has most of what ran under it.
@@ -225,28 +233,36 @@ def parse(text: str) -> dict[str, Instruction]:
     lines = text.splitlines()
     places = _places(lines)
     inside: dict[str, list[str]] = {}  # instructions of each computation, by its name
+    held: dict[str, str] = {}  # by computation: the instruction that holds it
+    within: dict[str, str] = {}  # by instruction: its computation
     found: dict[str, tuple[str, str]] = {}  # opcode and rest of the line
-    members: list[str] = []
+    computation = ""
     for line in lines:
         if match := INSTRUCTION.match(line):
             name, opcode, rest = match.groups()
             found[name] = opcode, rest
-            members.append(name)
+            within[name] = computation
+            inside[computation].append(name)
+            held |= dict.fromkeys(HELD.findall(rest), name)
         elif match := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
-            members = inside.setdefault(match[1], [])
+            computation = match[1]
+            inside[computation] = []
 
     def source(name: str, hops: int = 4) -> str:
-        """Where an instruction comes from; if it does not say, then where its first operand does."""
-        opcode, rest = found[name]
-        if said := _source(rest, places):
-            return said
+        """Where an instruction comes from.
+
+        If it does not say, then where its first operand does, or what holds it.
+        """
+        rest = found[name][1]
         called = re.search(r"calls=%?([\w.-]+)", rest)
-        for member in reversed(inside[called[1]]) if called else ():
-            if said := _source(found[member][1], places):
+        for member in (name, *(reversed(inside[called[1]]) if called else ())):
+            if said := _source(*found[member], places):
                 return said
         operand = re.search(r"%([\w.-]+)", rest.split("), ")[0])
         if hops and operand and operand[1] in found and (said := source(operand[1], hops - 1)):
             return said if said.startswith("after ") else f"after {said}"
+        if hops and within[name] in held:
+            return source(held[within[name]], hops - 1)
         return ""
 
     def kind(name: str) -> str:
@@ -264,9 +280,11 @@ def parse(text: str) -> dict[str, Instruction]:
     return {name: Instruction(kind(name), source(name)) for name in found}
 
 
-def _source(rest: str, places: Mapping[str, str]) -> str:
+def _source(opcode: str, rest: str, places: Mapping[str, str]) -> str:
     """The layer that an instruction's metadata names; else the line of code; else ""."""
     named = re.search(r'op_name="([^"]*)"', rest)
+    if opcode == "parameter" and named and "/" not in named[1]:
+        return named[1].replace("\\", "")  # of the program: a part of the State, say
     path, backward = layer(named[1]) if named else ("", False)
     if not path:
         frame = re.search(r"stack_frame_id=(\d+)", rest)
