@@ -25,6 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxeco.errors import UserError
+
 Pads = tuple[tuple[int, int], tuple[int, int]]  # rows before and after, columns before and after
 
 PACKAGE = "onednn-cpu-gomp"
@@ -169,6 +171,8 @@ def _terms(spec: str) -> tuple[str, str, str]:
 
 
 def _call(about: dict[str, Any], shape: Sequence[int], a: jax.Array, b: jax.Array) -> jax.Array:
+    if _library() is None:
+        raise UserError(f"oneDNN is not here, or JAXECO_ONEDNN is off: pip install {PACKAGE}")
     out = jax.ShapeDtypeStruct(tuple(shape), a.dtype)
     call = jax.ffi.ffi_call(TARGET, out, vmap_method="sequential")
     return call(a, b, about=json.dumps(about))
