@@ -191,7 +191,11 @@ class Profile:
         summary = [
             ("a step", f"{ms:.3f} ms{before}"),
             ("in operations", f"{used.busy:.1%}"),
-            *([("between calls", f"{used.between:.1%}")] if used.between is not None else []),
+            *(
+                [("between calls", f"{used.between:.1%}, with nothing to do")]
+                if used.between is not None
+                else []
+            ),
             ("by kind", most(used.by_kind())),
             ("by layer", most(used.by_layer())),
             ("trace", str(path.with_name(path.name.replace(".xplane.pb", ".trace.json.gz")))),

@@ -25,7 +25,7 @@ TRIVIAL = "parameter constant bitcast tuple get-tuple-element iota broadcast"
 # parts of an operation's name that come from how JAX runs a function, not from what it is for
 MACHINERY = re.compile(
     r"while|body|cond|closed_call|branch_\d+_fun|checkpoint|rematted_computation|shard_map|pjit"
-    r"|custom_\w+_call|xla_\w+|"
+    r"|eval_jaxpr|custom_\w+_call|xla_\w+|"
 )
 Key = tuple[str, str]  # of an instruction: its program and its name
 HELD = re.compile(r"(?:body|condition|calls|to_apply|_computation)=%?([\w.-]+)")
@@ -47,7 +47,8 @@ class Span:
 @dataclass(frozen=True)
 class Instruction:
     kind: str  # its opcode; of a fusion, what is in it
-    source: str  # the layer that it belongs to, or the line of code
+    layer: str  # the path of modules that it belongs to; "" outside of any
+    line: str  # of the code that it comes from, as file:number
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,15 @@ class Operation:
 
     name: str
     kind: str
-    source: str
+    layer: str
+    line: str
     ms: float  # its own time
     share: float  # of the step
     calls: float
+
+    @property
+    def source(self) -> str:
+        return self.layer or self.line
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,11 @@ def usage(spans: Sequence[Span], programs: Iterable[tuple[str, str]], ms: float,
     whole = ms * 1e6 * n * max(1, len(devices))  # ns
     found = []
     for (program, name), ns in sorted(own.items(), key=lambda item: -item[1]):
-        of = known.get((program, name), Instruction(re.sub(r"[.\d]+$", "", name), ""))
+        of = known.get((program, name), Instruction(re.sub(r"[.\d]+$", "", name), "", ""))
         calls = times[program, name] / n / len(devices)
-        found.append(Operation(name, of.kind, of.source, ms * ns / whole, ns / whole, calls))
+        found.append(
+            Operation(name, of.kind, of.layer, of.line, ms * ns / whole, ns / whole, calls)
+        )
     told = all(span.call is not None for span in spans)
     return Usage(tuple(found), ms, busy / whole, 1 - within / whole if told else None)
 
@@ -248,22 +256,21 @@ def parse(text: str) -> dict[str, Instruction]:
             computation = match[1]
             inside[computation] = []
 
-    def source(name: str, hops: int = 4) -> str:
-        """Where an instruction comes from.
-
-        If it does not say, then where its first operand does, or what holds it.
-        """
+    def source(name: str, hops: int = 4) -> tuple[str, str]:
+        """Layer and line of an instruction; if it has none, of its first operand or its holder."""
         rest = found[name][1]
         called = re.search(r"calls=%?([\w.-]+)", rest)
         for member in (name, *(reversed(inside[called[1]]) if called else ())):
-            if said := _source(*found[member], places):
+            if any(said := _source(*found[member], places)):
                 return said
         operand = re.search(r"%([\w.-]+)", rest.split("), ")[0])
-        if hops and operand and operand[1] in found and (said := source(operand[1], hops - 1)):
-            return said if said.startswith("after ") else f"after {said}"
+        if hops and operand and operand[1] in found:
+            path, line = source(operand[1], hops - 1)
+            if path or line:
+                return f"after {path.removeprefix('after ')}" if path else "", line
         if hops and within[name] in held:
             return source(held[within[name]], hops - 1)
-        return ""
+        return "", ""
 
     def kind(name: str) -> str:
         opcode, rest = found[name]
@@ -277,19 +284,18 @@ def parse(text: str) -> dict[str, Instruction]:
         telling = [opcode for opcode in TELLING.split() if opcode in real]
         return real[0] if len(real) == 1 else " ".join(["fusion", *telling[:1]])
 
-    return {name: Instruction(kind(name), source(name)) for name in found}
+    return {name: Instruction(kind(name), *source(name)) for name in found}
 
 
-def _source(opcode: str, rest: str, places: Mapping[str, str]) -> str:
-    """The layer that an instruction's metadata names; else the line of code; else ""."""
+def _source(opcode: str, rest: str, places: Mapping[str, str]) -> tuple[str, str]:
+    """The layer and the line of code that an instruction's metadata names."""
     named = re.search(r'op_name="([^"]*)"', rest)
     if opcode == "parameter" and named and "/" not in named[1]:
-        return named[1].replace("\\", "")  # of the program: a part of the State, say
+        return named[1].replace("\\", ""), ""  # of the program: a part of the State, say
     path, backward = layer(named[1]) if named else ("", False)
-    if not path:
-        frame = re.search(r"stack_frame_id=(\d+)", rest)
-        path = places[frame[1]] if frame and frame[1] in places else ""
-    return f"{path} (backward)" if path and backward else path
+    frame = re.search(r"stack_frame_id=(\d+)", rest)
+    line = places[frame[1]] if frame and frame[1] in places else ""
+    return f"{path} (backward)" if path and backward else path, line
 
 
 def layer(op_name: str) -> tuple[str, bool]:
