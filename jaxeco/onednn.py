@@ -14,10 +14,22 @@ device.
 
 import ctypes
 import json
+import math
 import os
 import threading
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_void_p,
+)
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
@@ -67,7 +79,7 @@ def convolve(x_BxHxWxC: jax.Array, kernel_IxJxCxF: jax.Array, stride: int, pads:
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> tuple[jax.Array, Any]:
     about = _convolution("forward", x.shape, kernel.shape, x.dtype.name, stride, pads)
-    return _call(about, about["y"], x, kernel), (x, kernel)
+    return _call(about, x, kernel, out=(about["y"], x.dtype)), (x, kernel)
 
 
 def _convolve_backward(
@@ -75,12 +87,47 @@ def _convolve_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     shapes = x.shape, kernel.shape, x.dtype.name, stride, pads
-    dx = _call(_convolution("backward_data", *shapes), x.shape, dy, kernel)
-    dkernel = _call(_convolution("backward_weights", *shapes), kernel.shape, x, dy)
+    dx = _call(_convolution("backward_data", *shapes), dy, kernel, out=x)
+    dkernel = _call(_convolution("backward_weights", *shapes), x, dy, out=kernel)
     return dx, dkernel
 
 
 convolve.defvjp(_convolve, _convolve_backward)
+
+
+def normalises(x: jax.Array, epsilon: Any) -> bool:
+    """Whether `batch_norm` can: this processor has the operation and its gradient."""
+    return (
+        isinstance(epsilon, float)
+        and usable(x)
+        and all(_possible(_norm(kind, x, epsilon)) for kind in ("norm", "norm_backward"))
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def batch_norm(
+    x: jax.Array, scale_C: jax.Array, shift_C: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalises the last axis of x by the batch (arXiv:1502.03167), then scales and shifts it.
+
+    Returns:
+      the result; mean and biased variance, [C] in float32, through which no gradient flows.
+    """
+    return _batch_norm(x, scale_C, shift_C, epsilon)[0]
+
+
+def _batch_norm(x: jax.Array, scale: jax.Array, shift: jax.Array, epsilon: float) -> Any:
+    y, mean, var = _call(_norm("norm", x, epsilon), x, scale, shift, out=[x, scale, scale])
+    return (y, mean, var), (x, mean, var, scale)
+
+
+def _batch_norm_backward(epsilon: float, saved: Any, gradients: Any) -> Any:
+    x, mean, var, scale = saved
+    about = _norm("norm_backward", x, epsilon)
+    return tuple(_call(about, x, mean, var, gradients[0], scale, out=[x, scale, scale]))
+
+
+batch_norm.defvjp(_batch_norm, _batch_norm_backward)
 
 
 def multiplies(spec: str, a: jax.Array, b: jax.Array) -> bool:
@@ -109,7 +156,7 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
     about = _product(spec, a.shape, b.shape, a.dtype.name)
-    return _call(about, about["shape"], a, b), (a, b)
+    return _call(about, a, b, out=(about["shape"], a.dtype)), (a, b)
 
 
 def _einsum_backward(
@@ -164,18 +211,30 @@ def _product(spec: str, a: Sequence[int], b: Sequence[int], dtype: str) -> dict[
     }
 
 
+def _norm(kind: str, x: jax.Array, epsilon: float) -> dict[str, Any]:
+    b, *sides, c = x.shape
+    h, w = sides if len(sides) == 2 else (1, math.prod(sides))
+    return {"kind": kind, "dtype": x.dtype.name, "x": (b, h, w, c), "epsilon": epsilon}
+
+
 def _terms(spec: str) -> tuple[str, str, str]:
     arguments, out = spec.split("->")
     left, right = arguments.split(",")
     return left, right, out
 
 
-def _call(about: dict[str, Any], shape: Sequence[int], a: jax.Array, b: jax.Array) -> jax.Array:
+def _call(about: dict[str, Any], *arrays: jax.Array, out: Any) -> Any:
+    """Runs an operation; `out` is like the result: an array, (shape, dtype), or a list of them."""
     if _library() is None:
         raise UserError(f"oneDNN is not here, or JAXECO_ONEDNN is off: pip install {PACKAGE}")
-    out = jax.ShapeDtypeStruct(tuple(shape), a.dtype)
-    call = jax.ffi.ffi_call(TARGET, out, vmap_method="sequential")
-    return call(a, b, about=json.dumps(about))
+    like = [
+        jax.ShapeDtypeStruct(tuple(one[0]), one[1]) if isinstance(one, tuple) else one
+        for one in (out if isinstance(out, list) else [out])
+    ]
+    results = jax.ffi.ffi_call(TARGET, like, vmap_method="sequential")(
+        *arrays, about=json.dumps(about)
+    )
+    return results if isinstance(out, list) else results[0]
 
 
 def _possible(about: dict[str, Any]) -> bool:
@@ -188,8 +247,9 @@ def _possible(about: dict[str, Any]) -> bool:
 
 # oneDNN's C interface: the library, and operations made ready once and run many times.
 
-FORWARD, BACKWARD_DATA, BACKWARD_WEIGHTS, DIRECT = 64, 160, 192, 1  # dnnl_types.h
+FORWARD, BACKWARD, DIRECT, SCALE_SHIFT = 64, 128, 1, 2 | 4  # dnnl_types.h
 SRC, DST, WEIGHTS, DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 1, 17, 33, 129, 145, 161
+MEAN, VARIANCE, SCALE, SHIFT, DIFF_SCALE, DIFF_SHIFT = 49, 50, 51, 52, 255, 256
 QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS = 131, 132
 DTYPES = {"bfloat16": 2, "float32": 3}
 UNIMPLEMENTED = 3
@@ -252,8 +312,13 @@ class _Operation:
 
     def __init__(self, library: _Library, about: dict[str, Any]) -> None:
         self.library = library
-        make = self._product if about["kind"] == "product" else self._convolution
-        self.memories, self.steps = make(**about)
+        kind = about.pop("kind")
+        if kind == "product":
+            self.memories, self.steps = self._product(**about)
+        elif kind in ("norm", "norm_backward"):
+            self.memories, self.steps = self._norm(kind, **about)
+        else:
+            self.memories, self.steps = self._convolution(kind, **about)
 
     def __call__(self, *buffers: int) -> None:
         library = self.library
@@ -266,7 +331,27 @@ class _Operation:
                 )
             library.do("stream_wait", library.stream)
 
-    def _product(self, kind: str, dtype: str, a: Any, b: Any, out: Any, shape: Any) -> Any:
+    def _norm(self, kind: str, dtype: str, x: Any, epsilon: float) -> Any:
+        b, h, w, c = x
+        layout = self._layout(dtype, (b, c, h, w), (h * w * c, 1, w * c, c))
+        per_channel = self._layout("float32", (c,), (1,))
+        number = c_float(epsilon)
+        described = self._described(
+            "batch_normalization_forward", FORWARD, layout, layout, number, SCALE_SHIFT, None
+        )
+        roles: tuple[int, ...] = (SRC, SCALE, SHIFT, DST, MEAN, VARIANCE)
+        whole: tuple[int, ...] = (SRC, DST)
+        if kind == "norm_backward":
+            described = self._described(
+                "batch_normalization_backward",
+                *(BACKWARD, layout, layout, layout, number, SCALE_SHIFT, described, None),
+            )
+            roles = (SRC, MEAN, VARIANCE, DIFF_DST, SCALE, DIFF_SRC, DIFF_SCALE, DIFF_SHIFT)
+            whole = (SRC, DIFF_DST, DIFF_SRC)
+        memories = [self._memory(layout if role in whole else per_channel) for role in roles]
+        return memories, [self._step(described, roles, memories)]
+
+    def _product(self, dtype: str, a: Any, b: Any, out: Any, shape: Any) -> Any:
         layouts = [self._layout(dtype, seen["sizes"], seen["strides"]) for seen in (a, b, out)]
         memories = [self._memory(layout) for layout in layouts]
         described = self._described("matmul", layouts[0], layouts[1], None, layouts[2], None)
@@ -441,9 +526,10 @@ def _handler(pointer: Any) -> int | None:
             version.major, version.minor = 0, 1
             return None
         about = frame.attributes.each[0].contents
-        a, b = (frame.arguments.each[n].contents.data for n in range(2))
-        out = frame.results.each[0].contents.data
-        _operation(ctypes.string_at(about.start, about.length))(a, b, out)
+        _operation(ctypes.string_at(about.start, about.length))(
+            *(frame.arguments.each[n].contents.data for n in range(frame.arguments.count)),
+            *(frame.results.each[n].contents.data for n in range(frame.results.count)),
+        )
         return None
     except BaseException as error:  # nothing may pass into XLA but as its own error
         message = f"{type(error).__name__}: {error}".encode()

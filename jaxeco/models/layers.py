@@ -296,6 +296,8 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Normalises the last axis of x by the batch if `train`, else by the running averages."""
+        if train and not axes.mapped_axes() and onednn.normalises(x, self.epsilon):
+            return self._by_onednn(x)
         norm = nn.BatchNorm(
             use_running_average=not train,
             momentum=self.momentum,
@@ -307,6 +309,19 @@ class BatchNorm(nn.Module):
         )
         nn.share_scope(self, norm)
         return norm(x)
+
+    def _by_onednn(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-1:]
+        scale_C = self.param("scale", self.scale_init, shape) if self.use_scale else jnp.ones(shape)
+        bias_C = self.param("bias", nn.initializers.zeros, shape)
+        y, *found = onednn.batch_norm(
+            x, scale_C.astype(jnp.float32), bias_C.astype(jnp.float32), self.epsilon
+        )
+        for name, start, batch_C in zip(("mean", "var"), (jnp.zeros, jnp.ones), found, strict=True):
+            running = self.variable("batch_stats", name, start, shape)
+            if not self.is_initializing():
+                running.value = self.momentum * running.value + (1 - self.momentum) * batch_C
+        return y
 
 
 class Dropout(nn.Module):
