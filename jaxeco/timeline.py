@@ -29,6 +29,7 @@ MACHINERY = re.compile(
 )
 Key = tuple[str, str]  # of an instruction: its program and its name
 HELD = re.compile(r"(?:body|condition|calls|to_apply|_computation)=%?([\w.-]+)")
+HOPS = 5  # from an operand to its own first operand, to find out where something comes from
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][a-z0-9-]*)\((.*)")
 
 
@@ -256,21 +257,25 @@ def parse(text: str) -> dict[str, Instruction]:
             computation = match[1]
             inside[computation] = []
 
-    def source(name: str, hops: int = 4) -> tuple[str, str]:
-        """Layer and line of an instruction; if it has none, of its first operand or its holder."""
-        rest = found[name][1]
-        called = re.search(r"calls=%?([\w.-]+)", rest)
+    def own(name: str) -> tuple[str, str]:
+        """Layer and line of an instruction, or of what a fusion holds."""
+        called = re.search(r"calls=%?([\w.-]+)", found[name][1])
         for member in (name, *(reversed(inside[called[1]]) if called else ())):
             if any(said := _source(*found[member], places)):
                 return said
-        operand = re.search(r"%([\w.-]+)", rest.split("), ")[0])
-        if hops and operand and operand[1] in found:
-            path, line = source(operand[1], hops - 1)
-            if path or line:
-                return f"after {path.removeprefix('after ')}" if path else "", line
-        if hops and within[name] in held:
-            return source(held[within[name]], hops - 1)
         return "", ""
+
+    def source(name: str) -> tuple[str, str]:
+        """Layer and line; where there are none, of what comes before, or of what it is held by."""
+        at, after = name, ""
+        for _ in range(HOPS):
+            if any(said := own(at)):
+                return after * bool(said[0]) + said[0], said[1]
+            operand = re.search(r"%([\w.-]+)", found[at][1].split("), ")[0])
+            if operand is None or operand[1] not in found:
+                break
+            at, after = operand[1], "after "
+        return source(held[within[name]]) if within[name] in held else ("", "")
 
     def kind(name: str) -> str:
         opcode, rest = found[name]
@@ -304,6 +309,9 @@ def layer(op_name: str) -> tuple[str, bool]:
     "jit(f)/while/body/transpose(jvp(Net))/Conv_3/mul" is of ("Net/Conv_3", True). The path is ""
     for what is outside of any module.
     """
+    if several := re.search(r"(?:^|/)\((.*)\)$", op_name):  # "f/(a/mul:b/mul)": made into one
+        path, backward = layer(several[1].split(":")[0])
+        return f"{path} and others" if path else "", backward
     parts: list[str] = []
     backward = False
     for part in op_name.split("/")[:-1]:
