@@ -127,8 +127,8 @@ WORKLOADS = {
     "start_mlp_warm": Workload("start, MNIST MLP, caches full", "starts", start=("warm", "mlp")),
     "start_lenet_cold": Workload("start, LeNet, empty caches", "starts", start=("cold", "lenet_4")),
     "start_lenet_warm": Workload("start, LeNet, caches full", "starts", start=("warm", "lenet_4")),
-    "matmul": Workload("product of 2048 x 2048 matrices, float32", "FLOP", programs=LIMITS),
-    "bandwidth": Workload("a += b of 128 MiB each, float32", "bytes", programs=LIMITS),
+    "matmul": Workload("product of 2048 x 2048 matrices, float32", "GFLOP", programs=LIMITS),
+    "bandwidth": Workload("a += b of 128 MiB each, float32", "GB", programs=LIMITS),
     "airbench_16": Workload("airbench CNN, batch 16", "images", programs=("ours", "plain_flax")),
 }
 QUICK = ("mlp", "lenet_4", "lenet_128", "char_gpt", "airbench_16")

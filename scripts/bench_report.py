@@ -147,7 +147,7 @@ def cell(result: Result, peer: str) -> str:
 
 
 def arithmetic(results: Sequence[Result]) -> str:
-    """GFLOP/s of each program, and what share that is of a product of matrices in the same run."""
+    """GFLOP/s of each program, and what share that is of products of matrices in the same run."""
     rows = []
     for result in results:
         products = [statistics.median(got) for name in LIMITS if (got := rates(result, name))]
@@ -155,10 +155,10 @@ def arithmetic(results: Sequence[Result]) -> str:
             continue
         cells = []
         for program in (OURS, *PEERS):
-            flops = statistics.median(rates(result, program) or [0]) * result["flops"]
-            share = f"{flops / 1e9:,.1f} ({100 * flops / max(products):.0f} %)"
-            cells.append(share if flops else "")
-        rows.append([result["title"], f"{max(products) / 1e9:,.1f}", *cells])
+            gflops = statistics.median(rates(result, program) or [0]) * result["flops"] / 1e9
+            share = f"{number(gflops)} ({100 * gflops / max(products):.0f} %)"
+            cells.append(share if gflops else "")
+        rows.append([result["title"], number(max(products)), *cells])
     header = ["work: GFLOP/s (of those of the product)", "product of matrices", "jaxeco"]
     return table([*header, *PEERS.values()], rows)
 

@@ -53,11 +53,11 @@ def with_pytorch():
 
 def main() -> None:
     work, versions = {"numpy": with_numpy, "xla": with_xla, "pytorch": with_pytorch}[sys.argv[3]]()
-    done = 3 * 4 * LENGTH if WORKLOAD == "bandwidth" else 2 * SIZE**3  # bytes, or FLOPs
+    done = 3 * 4 * LENGTH if WORKLOAD == "bandwidth" else 2 * SIZE**3  # bytes or FLOPs
 
     def counted() -> float:
         work()
-        return done
+        return done / 1e9
 
     serve(counted, **versions)
 

@@ -121,10 +121,13 @@ def differentiates(p: Plan, state: State) -> Steps:
     """Forward and backward, without the optimizer."""
     feed = p.feed()
     fed = jax.tree.map(lambda a: a[0], feed.fed(0))
-    grads = jax.jit(lambda resident, fed: gradient(p.ex, state, assemble(resident, fed)))
+
+    @jax.jit
+    def grads(state: State, resident: dict, fed: dict) -> tuple:
+        return gradient(p.ex, state, assemble(resident, fed))
 
     def step() -> float:
-        jax.block_until_ready(grads(feed.resident, fed))
+        jax.block_until_ready(grads(state, feed.resident, fed))
         return p.ex.batch * p.train.units
 
     return step
