@@ -32,6 +32,7 @@ def start(main: Callable[[list[str]], int]) -> NoReturn:
     it, status 130; any other exception is a bug and keeps its traceback. Several processes end
     together (`jaxeco.cluster`).
     """
+    runtime.restart_with_huge_pages()
     runtime.configure()
     warnings.showwarning = _warn
     said, hung = "", False

@@ -26,7 +26,16 @@ RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"  # says who runs here
 TOKENIZER = "tokenizer.json"  # of a run on text
-PACKAGES = ("jaxeco", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+PACKAGES = (
+    "jaxeco",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "onednn-cpu-gomp",
+)
 
 
 def check(name: str, workdir: Path | None, resume: bool) -> None:

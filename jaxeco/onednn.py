@@ -1,6 +1,6 @@
 """Convolutions and matrix products on a CPU by oneDNN, where its library is installed.
 
-    pip install -e '.[onednn]'     # x86-64 Linux; JAXECO_ONEDNN=off leaves it out again
+    pip install -e '.[cpu]'     # on x86-64 Linux; JAXECO_ONEDNN=off leaves it out again
 
 They give what XLA's give, up to rounding. XLA has no fast path for bfloat16 on a CPU, and oneDNN
 has, on one that multiplies bfloat16 (AVX-512 BF16 or AMX); in float32 the gain is smaller.
@@ -198,7 +198,9 @@ def _product(spec: str, a: Sequence[int], b: Sequence[int], dtype: str) -> dict[
         """The array with axes `letters`, as oneDNN is to see it: sizes and strides in `order`."""
         strides, step = {}, 1
         for letter in reversed(letters):
-            strides[letter], step = step, step * size[letter]
+            # oneDNN refused to run with a small stride for an axis of 1
+            strides[letter] = step if size[letter] > 1 else math.prod(size[c] for c in letters)
+            step *= size[letter]
         return {"sizes": [size[c] for c in order], "strides": [strides[c] for c in order]}
 
     return {
@@ -226,7 +228,7 @@ def _terms(spec: str) -> tuple[str, str, str]:
 def _call(about: dict[str, Any], *arrays: jax.Array, out: Any) -> Any:
     """Runs an operation; `out` is like the result: an array, (shape, dtype), or a list of them."""
     if _library() is None:
-        raise UserError(f"oneDNN is not here, or JAXECO_ONEDNN is off: pip install {PACKAGE}")
+        raise UserError(f"oneDNN is not here, or JAXECO_ONEDNN=off: pip install {PACKAGE}")
     like = [
         jax.ShapeDtypeStruct(tuple(one[0]), one[1]) if isinstance(one, tuple) else one
         for one in (out if isinstance(out, list) else [out])

@@ -27,6 +27,23 @@ def cache_dir() -> Path:
         return Path(tempfile.gettempdir()) / f"jaxeco-{os.getuid()}"
 
 
+def restart_with_huge_pages() -> None:
+    """Starts this process anew, once, with memory in large pages, where Linux asks programs.
+
+    The C library takes them if its environment says so at its start. Each step on a CPU takes new
+    memory for all that lies between its operations, and in pages of 4 KiB that takes long.
+    """
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if (
+        "GLIBC_TUNABLES" in os.environ
+        or not setting.exists()
+        or "[madvise]" not in setting.read_text()
+    ):
+        return
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def configure(fake_devices: int | None = None) -> None:
     """Sets XLA's flags and JAX's environment; what the user has set already stays as it is.
 
