@@ -119,9 +119,9 @@ class Profile:
         trace: TracebackType | None,
     ) -> None:
         if self._tracing:
-            self._give_up("the run ended between")
+            self._give_up("the run ended within them")
         elif not self._done:
-            self._give_up("the run ended before")
+            self._give_up("the run ended before them")
 
     def went_back(self, step: int) -> None:
         """Is told that the run goes on from an earlier step."""

@@ -241,14 +241,18 @@ def test_which_steps_are_profiled() -> None:
 FILE = """
 import numpy as np
 from jaxeco import data, losses, models, optim
-from jaxeco.experiment import Experiment, MeshShape, Steps
+from jaxeco.experiment import Experiment, Guard, MeshShape, Steps
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(80, 4)).astype(np.float32)
 Y = (X.sum(1) > 0).astype(np.int32)
 
-def experiment(lr: float = 0.1, patience: int | None = None) -> Experiment:
+def experiment(
+    lr: float = 0.1, patience: int | None = None, poison: bool = False
+) -> Experiment:
     names = ("no", "yes")
+    if poison:
+        X[7] = np.nan  # in the first epoch's eight steps, once
     return Experiment(
         name="small",
         train=data.Arrays(X[:64], Y[:64], names),
@@ -264,6 +268,7 @@ def experiment(lr: float = 0.1, patience: int | None = None) -> Experiment:
         log_every=Steps(5),
         best="test/loss",
         patience=patience,
+        guard=Guard("rollback", limit=1) if poison else None,
         mesh=MeshShape(data=2),
     )
 """
@@ -311,8 +316,19 @@ def test_a_run_that_ends_before_its_profile(
 ) -> None:
     assert run.main([*words, "lr=1e-30", "patience=1", "--profile", "45:50"]) == 0
     shown = capsys.readouterr().out
-    assert "warning: no profile of steps 45 to 50: the run ended before" in shown
+    assert "warning: no profile of steps 45 to 50: the run ended before them" in shown
     assert "stopped early" in shown
+
+
+def test_a_run_that_goes_back_within_its_profile(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="after 1 roll-backs"):
+        run.main([*words, "poison=true", "--profile", "1:20", "--steps", "20"])
+    shown = capsys.readouterr().out
+    assert "warning: no profile of steps 1 to 20: the run went back to step 0" in shown
+    with jax.profiler.trace(str(Path(words[-1]) / "another")):  # nothing goes on from before
+        pass
 
 
 def test_mistakes(words: list[str], tmp_path: Path) -> None:
