@@ -66,7 +66,7 @@ def window(plan: Plan, first: int, end: int, asked: Sequence[int]) -> Window:
     stretches = [ends for ends in stretches if ends]
     if not stretches:
         raise UserError(
-            f"--profile: every call of steps {first} to {end} is one that compiles: train for more"
+            f"--profile: steps {first} to {end} have no call but those that compile: train for more"
             " steps, or set a smaller steps_per_call"
         )
     if not asked:

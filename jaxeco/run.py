@@ -26,7 +26,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--steps", type=int, help="stop after this step; --resume goes on from there")
     add("--dry-run", action="store_true", help="show the resolved experiment and its cost only")
-    add("--profile", type=steps, metavar="100:110", help="trace steps, see what takes time")
+    add(
+        "--profile",
+        type=steps,
+        metavar="100:110",
+        help="show what takes time; without 100:110, in some steps",
+    )
     add("--multihost", action="store_true", help="one of a TPU pod's, SLURM's, Kubernetes' hosts")
     add("--coordinator", metavar="HOST:PORT", help="or say where the first of them listens ...")
     add("--process", metavar="I/N", help="... and which of how many this is, from 0")
