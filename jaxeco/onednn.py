@@ -17,7 +17,9 @@ import json
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from ctypes import (
     POINTER,
     Structure,
@@ -53,10 +55,24 @@ def version() -> str | None:
 # What layers ask for. All functions of arrays on one CPU device.
 
 
+_left_out = ContextVar("left_out", default=False)
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """What is traced within is XLA's alone: it counts no FLOPs of what is not its own."""
+    token = _left_out.set(True)
+    try:
+        yield
+    finally:
+        _left_out.reset(token)
+
+
 def usable(*arrays: jax.Array) -> bool:
     """Whether arrays of these dtypes are oneDNN's business, here."""
     return (
-        jax.default_backend() == "cpu"
+        not _left_out.get()
+        and jax.default_backend() == "cpu"
         and jax.device_count() == 1
         and {a.dtype.name for a in arrays} in ({"float32"}, {"bfloat16"})
         and _library() is not None

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxeco import axes, hosts, parallel, plots, sharding
+from jaxeco import axes, hosts, onednn, parallel, plots, sharding
 from jaxeco import folder as folders
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.config import Loaded
@@ -345,7 +345,8 @@ def flops(p: Plan) -> float:
     """Floating-point operations of a step, as XLA counts them before it optimises."""
     # without micro-batches: XLA counts the body of a loop once, however often it runs
     step = partial(train_step, replace(p.ex, grad_accum=1), p.tx)
-    lowered = jax.jit(step).lower(jax.eval_shape(p.init), shapes(p.train, p.ex.batch))
+    with onednn.left_out():
+        lowered = jax.jit(step).lower(jax.eval_shape(p.init), shapes(p.train, p.ex.batch))
     costs: Any = lowered.cost_analysis()
     return costs["flops"]
 
