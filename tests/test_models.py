@@ -120,7 +120,7 @@ def test_parameter_count(model, shape, count):
 @pytest.mark.parametrize(
     ("model", "side", "sides"),
     [
-        (models.LeNet(), 32, [28, 10]),
+        (models.LeNet(conv="matmul"), 32, [28, 10]),
         (models.CifarResNet(20), 32, [32] * 3 + [16] * 3 + [8] * 3),
         (models.ResNet(18, stem="cifar"), 32, [32, 32, 16, 16, 8, 8, 4, 4]),
         (models.ResNet(18), 224, [56, 56, 28, 28, 14, 14, 7, 7]),
