@@ -45,6 +45,7 @@ runtime.configure()
 import jax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from report import write_section
 
@@ -282,7 +283,7 @@ def footprint(p: Plan) -> tuple[float, float]:
 
 
 def memory() -> Iterator[Curve]:
-    sizes = (4, 16, 64, 256)
+    sizes = (8, 32, 128)
     for scanned in (False, True):
         for remat in (False, True):
             name = f"{'scan_layers' if scanned else 'one by one'}{', remat' if remat else ''}"
@@ -291,7 +292,8 @@ def memory() -> Iterator[Curve]:
             planned, held = zip(*(footprint(p) for p in plans))
             for cost, found in ("memory planned", planned), ("memory held", held):
                 once = [(y,) for y in found]
-                yield Curve(cost, "MiB", "batch", UNITS["batch"], name, 1, sizes, once)
+                if np.isfinite(found).all():
+                    yield Curve(cost, "MiB", "batch", UNITS["batch"], name, 1, sizes, once)
 
 
 OPENS = """
@@ -360,7 +362,7 @@ def generated(folder: Path, count: int) -> dict[str, str]:
         (folder / f"images/{label}").mkdir(parents=True)
     for i, (png, label) in enumerate(pictures(count)):
         (folder / f"images/{label}/{i}.png").write_bytes(png)
-    tokens = count * SIDE * SIDE * 3 // 2  # of two bytes each
+    tokens = count * SIDE * SIDE * 3 // 8  # of two bytes each: a quarter of the images
     line = b"".join(bytes([97 + i * i % 26]) for i in range(79)) + b"\n"
     (folder / "text.txt").write_bytes(line * (tokens // len(line)))
     sources = {
@@ -383,7 +385,7 @@ def opening(sources: dict[str, str], cache: Path) -> dict[str, float]:
 
 
 def start() -> Iterator[Curve]:
-    counts = (125, 500, 2000, 8000)
+    counts = (100, 400, 1600, 6400)
     found: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name:
         sources = {}
@@ -520,12 +522,23 @@ def draw(drawn: Sequence[Curve], path: Path) -> None:
         axes.set(xlabel=f"{axis}, {here[0].axis_unit}", ylabel=f"{cost}, {here[0].cost_unit}")
         axes.set_xticks(sizes, [number(size) for size in sizes])
         axes.xaxis.minorticks_off()
+        low, high = axes.get_ylim()
+        high *= (high / low) ** (0.09 * len(here))  # room for the legend
+        decades = np.log10(high / low)
+        axes.set_ylim(low, high)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2.5 else (1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: number(value))
+        axes.yaxis.minorticks_off()
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, facecolor="white")
+
+
+def stored() -> dict[str, Any]:
+    """What was measured so far, by part."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def main() -> None:
@@ -536,15 +549,15 @@ def main() -> None:
     what.add_argument("--only", choices=PARTS, help="one part")
     what.add_argument("--redraw", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     # Each program is compiled here: what a cache holds says nothing of compile time, and what it
     # gives back knows nothing of its memory.
     jax.config.update("jax_enable_compilation_cache", False)
     for part in [] if options.redraw else [options.only] if options.only else PARTS:
         measured = [asdict(curve) for curve in PARTS[part]()]
-        results[part] = {"with": described(part), "curves": measured}
+        results = stored() | {part: {"with": described(part), "curves": measured}}
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    results = stored()
     draw([curve for part in PARTS for curve in curves(results, part)], PICTURE)
     write_section(DOCUMENT, "growth", table(results))
     print(table(results))
