@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxeco.models import EncoderDecoder, LanguageModel, TextClassifier, Transformer, unscanned
+from jaxeco.models import (
+    EncoderDecoder,
+    LanguageModel,
+    TextClassifier,
+    Transformer,
+    unscanned,
+    written,
+)
 from jaxeco.models.attention import attend, layout, rotate, sinusoids
 
 KEY = jax.random.key(0)
@@ -52,7 +59,7 @@ def test_attention_on_small_integers_by_hand() -> None:
     # scores: q0·k0/2 = ln 3, q0·k1/2 = 0 -> weights 3/4, 1/4; q1: 0, 0 -> 1/2, 1/2
     expected = np.array([[3.0, 1, 6, 4], [2, 2, 4, 8]])[None, :, None]
     q, k, v = (jnp.asarray(a, jnp.float32) for a in (q, k, v))
-    for method in ("einsum", "xla"):
+    for method in ("einsum", "written", "xla"):
         np.testing.assert_allclose(attend(q, k, v, None, method), expected, rtol=1e-6)
     causal = np.tril(np.ones((1, 2, 2), bool))
     expected[0, 0, 0] = [4, 0, 8, 0]  # the first position sees itself alone
@@ -63,7 +70,7 @@ def test_heads_share_keys_in_order() -> None:
     q = jax.random.normal(KEY, (2, 5, 6, 4))
     k, v = jax.random.normal(jax.random.key(1), (2, 2, 2, 5, 4))
     repeated = attend(q, jnp.repeat(k, 3, 1), jnp.repeat(v, 3, 1), None, "einsum")
-    for method in ("einsum", "xla"):
+    for method in ("einsum", "written", "xla"):
         np.testing.assert_allclose(attend(q, k, v, None, method), repeated, atol=1e-6)
 
 
@@ -290,3 +297,46 @@ def test_fields_of_a_trunk_reach_its_blocks() -> None:
     assert block["gate"]["kernel"].shape == (8, 20)
     assert block["query_norm"]["scale"].shape == (4,)
     assert "bias" not in block["up"] and "bias" not in block["norm1"]
+
+
+def loss_and_gradients(model: Any, variables: Any, x: Any, dtype: Any) -> Any:
+    """A loss in which every output counts differently, and its gradients, all in one dtype."""
+
+    def loss(variables: Any) -> jax.Array:
+        out = model.apply(variables, x, train=False)
+        return jnp.sum(jnp.sin(out) * jnp.arange(out.size, dtype=dtype).reshape(out.shape) / 99)
+
+    variables = jax.tree.map(lambda a: jnp.asarray(a, dtype), variables)
+    return jax.jit(jax.value_and_grad(loss))(variables)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers": 1, "context": 70},  # rows of scores long enough to be halved
+        {"norm": "rms", "kv_heads": 1, "qk_norm": True, "mlp_width": 5, "bias": False},
+        {"norm_first": False, "embed_norm": True, "separator": 2, "pad": 9, "scan_layers": True},
+    ],
+    ids=["gpt2", "rms, a group, a narrow mlp", "norm last, documents"],
+)
+def test_written_gradients_are_those_derived_in_float64(fields: dict[str, Any]) -> None:
+    x = np.arange(128).reshape(2, 64) ** 2 % 11 if "context" in fields else TOKENS_2x9
+    by_hand = LanguageModel(trunk(**fields, gradients="written", attention="written"))
+    derived = LanguageModel(trunk(**fields, gradients="derived", attention="einsum"))
+    variables = start(by_hand, x)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, start(derived, x))
+    got = loss_and_gradients(by_hand, variables, x, np.float32)
+    with jax.enable_x64(True):
+        expected = loss_and_gradients(derived, variables, x, np.float64)
+    atol = 3e-6 * max(np.abs(a).max() for a in jax.tree.leaves(expected[1]))  # some are 0
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        assert b.dtype == np.float64
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol, err_msg=str(path))
+
+
+def test_a_row_with_nothing_allowed_passes_no_gradient_to_scores() -> None:
+    q, k, v = (jax.random.normal(jax.random.fold_in(KEY, i), (1, 1, 3, 4)) for i in range(3))
+    allowed = jnp.zeros((1, 3, 3), bool)
+    dq, dk, dv = jax.grad(lambda *a: written.attention(*a, allowed).sum(), (0, 1, 2))(q, k, v)
+    assert not dq.any() and not dk.any()
+    np.testing.assert_allclose(dv, np.ones((1, 1, 3, 4)), rtol=1e-6)

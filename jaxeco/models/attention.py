@@ -9,8 +9,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-Method = Literal["auto", "einsum", "xla", "cudnn"]
-FORBIDDEN = -1e30  # a score that no softmax sees, and yet finite: a row may be forbidden as a whole
+from jaxeco.models import written
+from jaxeco.models.written import FORBIDDEN
+
+Chosen = Literal["einsum", "written", "xla", "cudnn"]
+Method = Literal["auto", Chosen]
 
 
 def attend(
@@ -24,16 +27,17 @@ def attend(
 
     Args:
       allowed_BxTxS: booleans, also [1, T, S]; None: all.
-      method: "einsum" is two plain products, the faster on CPU; "xla" and "cudnn" are those of
-        `jax.nn.dot_product_attention`, of which cudnn never writes the scores to memory; "auto"
-        takes einsum on CPU, cudnn on a GPU in bfloat16 where the shapes suit it, else xla.
+      method: "einsum" is two plain products, "written" the same with a gradient written by hand;
+        "xla" and "cudnn" are those of `jax.nn.dot_product_attention`, of which cudnn never writes
+        the scores to memory. "auto" takes written on CPU, but einsum where one position asks;
+        cudnn on a GPU in bfloat16 where the shapes suit it, else xla.
 
     Returns:
-      [B, T, H, K], dtype of v. The softmax is taken in float32. A row with nothing allowed is the
-      mean of all values, not NaN.
+      [B, T, H, K], dtype of v. The softmax is taken in at least float32. A row with nothing allowed
+      is the mean of all values, not NaN.
     """
     chosen = _fastest(q_BxTxHxK, k_BxGxSxK) if method == "auto" else method
-    if chosen != "einsum":
+    if chosen == "xla" or chosen == "cudnn":
         mask = None if allowed_BxTxS is None else allowed_BxTxS[:, None]
         k_BxSxGxK, v_BxSxGxK = k_BxGxSxK.swapaxes(1, 2), v_BxGxSxK.swapaxes(1, 2)
         return jax.nn.dot_product_attention(
@@ -41,10 +45,19 @@ def attend(
         )
     B, T, H, K = q_BxTxHxK.shape
     G = k_BxGxSxK.shape[1]
-    q_BxGxRxTxK = (q_BxTxHxK * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    R = H // G
+    q_BxGxRxTxK = (q_BxTxHxK * K**-0.5).reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4)
+    if chosen == "written":
+        if allowed_BxTxS is not None:
+            allowed_BxTxS = jnp.tile(allowed_BxTxS, (1, R, 1))
+        o_BxGxRTxK = written.attention(
+            q_BxGxRxTxK.reshape(B, G, R * T, K), k_BxGxSxK, v_BxGxSxK, allowed_BxTxS
+        )
+        return o_BxGxRTxK.reshape(B, H, T, K).swapaxes(1, 2)
     scores_BxGxRxTxS = jnp.einsum(
-        "bgrtk,bgsk->bgrts", q_BxGxRxTxK, k_BxGxSxK, preferred_element_type=jnp.float32
-    )
+        "bgrtk,bgsk->bgrts", q_BxGxRxTxK, k_BxGxSxK,
+        preferred_element_type=jnp.promote_types(q_BxTxHxK.dtype, jnp.float32),
+    )  # fmt: skip
     if allowed_BxTxS is not None:
         scores_BxGxRxTxS = jnp.where(allowed_BxTxS[:, None, None], scores_BxGxRxTxS, FORBIDDEN)
     p_BxGxRxTxS = jax.nn.softmax(scores_BxGxRxTxS, axis=-1).astype(v_BxGxSxK.dtype)
@@ -52,9 +65,9 @@ def attend(
     return o_BxGxRxTxK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
-def _fastest(q_BxTxHxK: jax.Array, k_BxGxSxK: jax.Array) -> Literal["einsum", "xla", "cudnn"]:
+def _fastest(q_BxTxHxK: jax.Array, k_BxGxSxK: jax.Array) -> Chosen:
     if jax.default_backend() == "cpu":
-        return "einsum"
+        return "einsum" if q_BxTxHxK.shape[1] == 1 else "written"
     (_, T, _, K), S = q_BxTxHxK.shape, k_BxGxSxK.shape[2]
     lengths = T % 64 == 0 and S % 64 == 0
     suits = q_BxTxHxK.dtype == jnp.bfloat16 and lengths and K % 8 == 0 and K <= 128

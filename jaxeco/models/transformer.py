@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxeco import axes
+from jaxeco.models import written
 from jaxeco.models.attention import Method, attend, layout, rotate, sinusoids
-from jaxeco.models.layers import Dropout, check_choice, check_count, check_rate, logits, product
+from jaxeco.models.layers import Dropout, check_choice, check_count, check_rate, logits
 
 Norm = Literal["layer", "rms"]
 Positions = Literal["learned", "sinusoidal", "rotary"]
 MlpActivation = Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"]
+Gradients = Literal["auto", "written", "derived"]
 
 # What the axes of parameters are, by name, for meshes (`jaxeco.sharding`). As in Megatron (Shoeybi
 # et al. 2019), devices of the tensor axis share the heads and the MLP's units: what they compute of
@@ -80,6 +82,8 @@ class Stack(nn.Module, kw_only=True):
       init_sd: of the matrices; those that write into the residual stream begin at
         init_sd/√(2·layers), as GPT-2's, or at 0 with `zero_init` (Zhang et al. 2019).
       attention: how attention is computed, see `attention.attend`.
+      gradients: of linear layers, norms and learned positions: "written" by hand, the faster on CPU
+        (`written`), or "derived" by JAX; "auto": written on CPU.
     """
 
     width: int
@@ -100,6 +104,7 @@ class Stack(nn.Module, kw_only=True):
     init_sd: float = 0.02
     zero_init: bool = False
     attention: Method = "auto"
+    gradients: Gradients = "auto"
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "layers"):
@@ -111,6 +116,7 @@ class Stack(nn.Module, kw_only=True):
         check_choice("positions", self.positions, Positions)
         check_choice("activation", self.activation, MlpActivation)
         check_choice("attention", self.attention, Method)
+        check_choice("gradients", self.gradients, Gradients)
         check_rate("dropout", self.dropout)
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not divisible by heads={self.heads}")
@@ -130,21 +136,43 @@ class Stack(nn.Module, kw_only=True):
         """The fields above, by name."""
         return {name: getattr(self, name) for name in FIELDS}
 
-    def normalise(self, name: str, x: jax.Array) -> jax.Array:
-        # else XLA on CPU computes the stream's gradient anew, from all branches above, wherever it
-        # is used
-        if jax.default_backend() == "cpu":
-            x = jax.lax.optimization_barrier(x)
-        return _norm(self.norm, self.norm_eps, self.bias, name)(x)
+    @property
+    def written(self) -> bool:
+        if self.gradients == "auto":
+            return jax.default_backend() == "cpu"
+        return self.gradients == "written"
+
+    def normed(self, name: str | None = None, kind: Norm | None = None) -> nn.Module:
+        """This stack's norm, or one of another kind, which has no bias."""
+        bias = self.bias and kind is None
+        return _norm(kind or self.norm, self.norm_eps, bias, self.written, name)
 
 
 FIELDS = tuple(name for name in Stack.__annotations__ if name not in ("name", "parent"))
 
 
-def _norm(kind: Norm, eps: float, bias: bool, name: str | None = None) -> nn.Module:
+def _norm(kind: Norm, eps: float, bias: bool, by_hand: bool, name: str | None = None) -> nn.Module:
+    if by_hand:
+        return WrittenNorm(eps, centred=kind == "layer", use_bias=bias, name=name)
     if kind == "rms":
         return nn.RMSNorm(eps, name=name)
     return nn.LayerNorm(eps, use_bias=bias, use_fast_variance=False, name=name)
+
+
+class WrittenNorm(nn.Module):
+    """`nn.LayerNorm` if centred, else `nn.RMSNorm`, by `written.norm`."""
+
+    eps: float
+    centred: bool
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        y = written.norm(x, scale_D, self.eps, self.centred)
+        if self.use_bias and self.centred:
+            y = y + self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(y.dtype)
+        return y
 
 
 class Block(Stack, kw_only=True):
@@ -168,11 +196,11 @@ class Block(Stack, kw_only=True):
         if self.cross:
             branches.insert(1, (cross_attention, "cross_norm"))
         for branch, norm in branches:
-            y = branch(self.normalise(norm, x_BxTxD) if self.norm_first else x_BxTxD)
+            y = branch(self.normed(norm)(x_BxTxD) if self.norm_first else x_BxTxD)
             x_BxTxD = x_BxTxD + Dropout(self.dropout)(y, train=train)
             x_BxTxD = axes.constrain(x_BxTxD, *STREAM)
             if not self.norm_first:
-                x_BxTxD = self.normalise(norm, x_BxTxD)
+                x_BxTxD = self.normed(norm)(x_BxTxD)
         return x_BxTxD, kv
 
     def _attention(
@@ -185,8 +213,8 @@ class Block(Stack, kw_only=True):
         k = self._linear(f"{name}key", G * K)(y).reshape(*y.shape[:2], G, K)
         v = self._linear(f"{name}value", G * K)(y).reshape(*y.shape[:2], G, K)
         if self.qk_norm:
-            q = _norm("rms", self.norm_eps, False, f"{name}query_norm")(q)
-            k = _norm("rms", self.norm_eps, False, f"{name}key_norm")(k)
+            q = self.normed(f"{name}query_norm", "rms")(q)
+            k = self.normed(f"{name}key_norm", "rms")(k)
         allowed = seen.memory_allowed_Bx1xM if name else seen.allowed_BxTxS
         if self.positions == "rotary" and not name:
             q, k = (rotate(a, seen.position_BxT, self.rotary_base) for a in (q, k))
@@ -216,7 +244,7 @@ class Block(Stack, kw_only=True):
             features,
             use_bias=self.bias,
             kernel_init=init,
-            dot_general=product if jax.default_backend() == "cpu" else None,
+            dot_general=written.dot_general if self.written else None,
             name=name,
         )
 
@@ -271,7 +299,7 @@ class Transformer(Stack, kw_only=True):
         if self.positions == "learned":
             self.position_embed = nn.Embed(self.context, self.width, embedding_init=init)
         if self.embed_norm:
-            self.norm_in = _norm(self.norm, self.norm_eps, self.bias)
+            self.norm_in = self.normed()
         # numbers of arguments count from self, which is 0
         block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
         if self.scan_layers:
@@ -286,7 +314,7 @@ class Transformer(Stack, kw_only=True):
         else:
             self.block = [block(**self.shared()) for _ in range(self.layers)]
         if self.norm_first:
-            self.norm_out = _norm(self.norm, self.norm_eps, self.bias)
+            self.norm_out = self.normed()
         self.drop = Dropout(self.dropout)
 
     def __call__(
@@ -338,7 +366,10 @@ class Transformer(Stack, kw_only=True):
     def _embedded(self, tokens_BxT: jax.Array, position_BxT: jax.Array) -> jax.Array:
         x_BxTxD = self.token_embed(tokens_BxT)
         if self.positions == "learned":
-            x_BxTxD = x_BxTxD + self.position_embed(position_BxT)
+            p = self.position_embed(position_BxT)
+            if self.written and len(p) == 1:
+                p = written.repeated(p, len(x_BxTxD))
+            x_BxTxD = x_BxTxD + p
         elif self.positions == "sinusoidal":
             sines_BxTxD = sinusoids(position_BxT, self.width)
             x_BxTxD = x_BxTxD + sines_BxTxD.astype(x_BxTxD.dtype)
@@ -389,7 +420,7 @@ class LanguageModel(nn.Module):
         trunk = self.trunk
         if self.transform:
             self.dense = nn.Dense(trunk.width, kernel_init=nn.initializers.normal(trunk.init_sd))
-            self.norm = _norm(trunk.norm, trunk.norm_eps, trunk.bias)
+            self.norm = trunk.normed()
             self.bias = self.param("bias", nn.initializers.zeros, (trunk.vocab_size,))
         if not self.tied:
             self.head = nn.Dense(
