@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxeco.models import layers
+
 FORBIDDEN = -1e30  # a score that no softmax sees, and yet finite: a row may be forbidden as a whole
 TRANSPOSED = (((0,), (0,)), ((), ()))  # of dot_general: aᵀb
 
@@ -34,7 +36,9 @@ def _column_sums(x_NxD: jax.Array) -> jax.Array:
 
 
 def dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> Any:
-    """`product` as `nn.Dense(dot_general=...)` asks for it."""
+    """`product` as `nn.Dense(dot_general=...)` asks for it; in bfloat16 that of `layers`."""
+    if x.dtype == jnp.bfloat16:
+        return layers.product(x, kernel, dimensions, precision)
     assert dimensions == (((x.ndim - 1,), (0,)), ((), ())) and precision is None, dimensions
     return product(x, kernel)
 
