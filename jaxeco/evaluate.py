@@ -14,12 +14,16 @@ from jaxeco.data.dataset import Dataset
 from jaxeco.data.image import augmented
 from jaxeco.data.pipeline import Feed, assemble, fits
 from jaxeco.errors import UserError
-from jaxeco.experiment import Experiment
-from jaxeco.forward import Kept, Sums, forward, keep, measure, preprocess, results
+from jaxeco.experiment import Experiment, Views
+from jaxeco.forward import Kept, Sums, forward, keep, measure, preprocess, results, viewed
 
 
 def eval_step(
-    ex: Experiment, params: Any, variables: Any, batch: dict[str, Any]
+    ex: Experiment,
+    params: Any,
+    variables: Any,
+    batch: dict[str, Any],
+    views: Views | None = None,
 ) -> tuple[tuple[Sums, jax.Array], Kept]:
     """What a batch comes to. Pure.
 
@@ -32,7 +36,10 @@ def eval_step(
     count = jnp.sum(batch["mask"], dtype=jnp.int32)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch["index"])
     batch = augmented(ex.eval_augment, keys_B, preprocess(ex, batch))
-    outputs, _ = forward(ex, params, variables, batch["x"], dropout_key=None)
+    if views is None:
+        outputs, _ = forward(ex, params, variables, batch["x"], dropout_key=None)
+    else:
+        outputs = viewed(ex, params, variables, batch["x"], views)
     sums = measure(ex, outputs, batch, training=False)
     return axes.global_sum((sums, count)), axes.global_concat(keep(ex, outputs, batch))
 
@@ -40,7 +47,14 @@ def eval_step(
 class Evaluator:
     """Evaluates models on one split; its compiled step and its data stay in place."""
 
-    def __init__(self, ex: Experiment, dataset: Dataset, mesh: Mesh, shardings: Any = None) -> None:
+    def __init__(
+        self,
+        ex: Experiment,
+        dataset: Dataset,
+        mesh: Mesh,
+        shardings: Any = None,
+        views: Views | None = None,
+    ) -> None:
         """`shardings`: of (params, variables), as `parallel.compiled` takes them."""
         self.ex, self.name, self.size = ex, dataset.name, dataset.eval_examples
         self.feed = Feed.evaluation(
@@ -54,7 +68,7 @@ class Evaluator:
 
         def step(model: tuple[Any, Any], resident: Any, fed_n: Any) -> tuple[Any, Kept]:
             first = jax.tree.map(lambda a: a[0], fed_n)
-            return eval_step(ex, *model, assemble(resident, first))
+            return eval_step(ex, *model, assemble(resident, first), views)
 
         self.step = parallel.compiled(step, ex.parallel, mesh, shardings, updates=False)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -123,6 +123,27 @@ class Guard:
         return f"{self.then}{factor},limit:{self.limit}"
 
 
+class Calibration(Protocol):
+    """Sets parameters before step 0 by the first examples of the training data."""
+
+    @property
+    def examples(self) -> int: ...
+
+    def __call__(self, params: Any, x: Any, /) -> Any:
+        """The parameters anew; `x` is what the model is given of them, a numpy array."""
+
+
+class Views(Protocol):
+    """Versions of the model's input whose outputs stand for the input's, averaged."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """How much each counts; the sum is 1."""
+
+    def __call__(self, x: Any, /) -> Any:
+        """From x [B, ...] to its V versions, [B, V, ...]."""
+
+
 def _numbers(words: Iterable[str], kinds: Mapping[str, type]) -> dict[str, Any]:
     """{"data": 2} of ["data:2"]; raises ValueError where it is not that."""
     found: dict[str, Any] = {}
@@ -163,9 +184,12 @@ class Experiment:
     augment: tuple[Callable[[Any, dict], dict], ...] = ()  # then, in training: (keys_B, batch)
     # then, in evaluation; an example's key is a function of its number in the split
     eval_augment: tuple[Callable[[Any, dict], dict], ...] = field(default=(), metadata=FREE)
+    # then, in the evaluation on some of `evals`, by name: averages the outputs for several views
+    views: Mapping[str, Views] = field(default_factory=dict, metadata=FREE)
 
     model: nn.Module
     start_from: Pretrained | None = None  # parameters to begin with, instead of random ones
+    calibrate: Calibration | None = None  # then: sets some of them by the training data
     loss: Loss
     eval_loss: Loss | None = field(default=None, metadata=FREE)  # in evaluation; None: `loss`
     metrics: tuple[Metric, ...] = field(default=(), metadata=FREE)  # beside the loss
@@ -220,6 +244,8 @@ class Experiment:
             raise ValueError(f"resident_gib={self.resident_gib}: expected 0 or more")
         if not isinstance(self.read_workers, int) or self.read_workers < 0:
             raise ValueError(f"read_workers={self.read_workers!r}: expected 0 or more processes")
+        if unknown := sorted(self.views.keys() - self.evals.keys()):
+            raise ValueError(f"views: {unknown[0]!r}: expected one of {', '.join(self.evals)}")
         names = ("loss", *(m.name for m in (*self.metrics, *self.eval_metrics)))
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"metrics: two are called {min(twice)!r}; leave out one of them")

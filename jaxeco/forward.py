@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxeco import sharding
-from jaxeco.experiment import Experiment
+from jaxeco.experiment import Experiment, Views
 from jaxeco.metrics import Mean, Metric, expand
 from jaxeco.ranking import WholeSplit
 
@@ -44,6 +44,20 @@ def forward(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     return jax.tree.map(lambda a: a.astype(jnp.float32), outputs), {**variables, **new}
+
+
+def viewed(ex: Experiment, params: Any, variables: Any, x: Any, views: Views) -> Any:
+    """The model's outputs for several views of each input, averaged by their weights.
+
+    All pass through the model at once, those of an example side by side: memory goes with V.
+    """
+    x_BxV = views(x)
+    B, V = x_BxV.shape[:2]
+    outputs, _ = forward(ex, params, variables, x_BxV.reshape(B * V, *x.shape[1:]), None)
+    weights_V = jnp.asarray(views.weights)
+    return jax.tree.map(
+        lambda a: jnp.tensordot(weights_V, a.reshape(B, V, *a.shape[1:]), (0, 1)), outputs
+    )
 
 
 def _bfloat16(a: jax.Array) -> jax.Array:

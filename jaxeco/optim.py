@@ -266,8 +266,9 @@ class AdamW(Adam):
 class Muon(GradientDescent):
     """Muon (Jordan et al. 2024) for the weight matrices, `rest` for every other parameter.
 
-    The momentum (an average, corrected for its start at 0) is made nearly orthogonal by `ns_steps`
-    Newton-Schulz steps, so that all its singular values come to lie around 1; d is that, times
+    The momentum (an average, corrected for its start at 0; or where `averaged` is False, the sum of
+    airbench) is made nearly orthogonal by `ns_steps` Newton-Schulz steps, so that all its singular
+    values come to lie around 1: of a sum and an average alike; d is that, times
     √max(1, out/in) for a matrix [in, out], or times `consistent_rms`·√max(in, out), where 0.2 gives
     updates the size of AdamW's (Liu et al. 2025). With `fixed_norm`, w is scaled to the norm √out
     before each update (as in airbench, Jordan 2024), which suits layers before a normalisation.
@@ -286,6 +287,7 @@ class Muon(GradientDescent):
     rest: Optimizer = field(kw_only=True)
     momentum: float = field(default=0.95, kw_only=True)
     nesterov: bool = field(default=True, kw_only=True)
+    averaged: bool = field(default=True, kw_only=True)
     ns_steps: int = field(default=5, kw_only=True)
     consistent_rms: float | None = field(default=None, kw_only=True)
     fixed_norm: bool = field(default=False, kw_only=True)  # each matrix keeps its norm at √out
@@ -341,8 +343,9 @@ class Muon(GradientDescent):
                 return d * max(1, outputs / inputs) ** 0.5
             return d * (self.consistent_rms * max(inputs, outputs) ** 0.5)
 
+        momentum = _mean_of_gradients if self.averaged else optax.trace
         return optax.chain(
-            _mean_of_gradients(self.momentum, self.nesterov),
+            momentum(self.momentum, self.nesterov),
             optax.stateless(lambda updates, params: _orthogonalised(updates, self.ns_steps)),
             optax.stateless(lambda updates, params: jax.tree.map(size, updates)),
             self._add_penalty(0.0, self.weight_decay),

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from jaxeco import parallel, sharding
-from jaxeco.data.dataset import Dataset
+from jaxeco.data.dataset import Dataset, read
 from jaxeco.data.pipeline import Feed, fits
 from jaxeco.errors import UserError
 from jaxeco.evaluate import Evaluator, eval_step
-from jaxeco.experiment import Experiment
-from jaxeco.forward import predict, whole_split
+from jaxeco.experiment import Experiment, Views
+from jaxeco.forward import predict, preprocess, whole_split
 from jaxeco.optim import clip_by_global_norm
 from jaxeco.train import State, init, many_steps, train_step
 from jaxeco.trees import listed, map_named
@@ -67,7 +68,7 @@ class Plan:
         return jax.tree.map(lambda a: a.sharding, self.abstract_state())
 
     def start(self, said: Callable[["Report"], None] = lambda report: None) -> State:
-        """The State before step 0, where it belongs; its parameters from `ex.start_from`, if set.
+        """The State before step 0, where it belongs; with `ex.start_from` and `ex.calibrate`.
 
         Args:
           said: is told what was taken over from there.
@@ -80,10 +81,14 @@ class Plan:
         # It runs once. XLA on CPU would compile it for seconds, for a tenth of one that it saves.
         quickly = {"xla_backend_optimization_level": 1} if cpu else None
         state = jax.jit(self.init, out_shardings=shardings, compiler_options=quickly)()
-        if self.ex.start_from is None:
+        params = state.params
+        if self.ex.start_from is not None:
+            params, report = self.ex.start_from.load(params, fingerprint(self.train.tokenizer))
+            said(report)
+        if self.ex.calibrate is not None:
+            params = self.ex.calibrate(params, self.first(self.ex.calibrate.examples))
+        if params is state.params:
             return state
-        params, report = self.ex.start_from.load(state.params, fingerprint(self.train.tokenizer))
-        said(report)
 
         def begin(params: Any) -> tuple[Any, Any]:
             params = jax.tree.map(jnp.copy, params)  # what lies on the host cannot be given up
@@ -92,6 +97,12 @@ class Plan:
         outputs = (shardings.params, shardings.opt_state)
         params, opt_state = jax.jit(begin, out_shardings=outputs)(params)
         return state.replace(params=params, opt_state=opt_state)
+
+    def first(self, examples: int) -> np.ndarray:
+        """What the model is given of the first training examples, or of all if they are fewer."""
+        rows = self.train.stride * np.arange(min(examples, self.train.training_examples))
+        batch = jax.tree.map(jnp.asarray, read(self.train.fields, rows))
+        return np.asarray(preprocess(self.ex, batch)["x"])
 
     @property
     def step(self) -> Callable[[State, dict[str, Any]], tuple[State, dict[str, Any]]]:
@@ -107,7 +118,8 @@ class Plan:
         """For each split, what evaluates a State's parameters and variables on it."""
         model = self.shardings.params, self.shardings.variables
         return {
-            split: Evaluator(self.ex, data, self.mesh, model) for split, data in self.evals.items()
+            split: Evaluator(self.ex, data, self.mesh, model, views_of(self.ex, split))
+            for split, data in self.evals.items()
         }
 
     def feed(self) -> Feed:
@@ -182,7 +194,12 @@ def shapes(data: Dataset, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
         )
         for name, field in data.fields.items()
     }
-    return fields | {"mask": jax.ShapeDtypeStruct((examples,), jnp.float32)}
+    numbers = {name: jax.ShapeDtypeStruct((examples,), jnp.int32) for name in ("index", "epoch")}
+    return fields | numbers | {"mask": jax.ShapeDtypeStruct((examples,), jnp.float32)}
+
+
+def views_of(ex: Experiment, split: str) -> Views | None:
+    return ex.views[split] if split in ex.views else None
 
 
 def fingerprint(tokenizer: Any) -> str | None:
@@ -218,10 +235,9 @@ def check(plan: Plan) -> None:
             )
         with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):  # can it be split so?
             jax.eval_shape(plan.step, state, shapes(plan.train, ex.batch))
-            for data in plan.evals.values():
-                index = {"index": jax.ShapeDtypeStruct((ex.eval_batch,), jnp.int32)}
-                batch = shapes(data, ex.eval_batch) | index
-                jax.eval_shape(partial(eval_step, ex), *model, batch)
+            for name, data in plan.evals.items():
+                evaluate = partial(eval_step, ex, views=views_of(ex, name))
+                jax.eval_shape(evaluate, *model, shapes(data, ex.eval_batch))
     except ValueError as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if Path(raised_in).is_relative_to(Path(__file__).parent):  # one of our components says so

@@ -153,17 +153,20 @@ class Step(_WarmedUp):
 class Linear(_WarmedUp):
     """From `peak`, straight to `final`, which step `total_steps` would have.
 
-    With no warm-up, steps 0 and T-1 of T have peak and final + (peak - final)/T.
+    With no warm-up, steps 0 and T-1 of T have peak and final + (peak - final)/T. With `until` it is
+    there by that moment and stays: what has a rate of 0 from then on no longer learns.
     """
 
     final: float = field(default=0.0, kw_only=True)
+    until: int | float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, NOT_NEGATIVE, "final")
+        _check_moment(self, "until", self.until)
 
     def _descent(self, np_: ModuleType, step: Any, top: int, end: int) -> Any:
-        return _between(np_, step, top, end, self.peak, self.final)
+        return _between(np_, step, top, _step_at(self.until, end), self.peak, self.final)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class Cosine(Linear):
     """
 
     def _descent(self, np_: ModuleType, step: Any, top: int, end: int) -> Any:
-        angle = _between(np_, step, top, end, 0.0, math.pi)
+        angle = _between(np_, step, top, _step_at(self.until, end), 0.0, math.pi)
         share = (1 - np_.cos(angle)) / 2
         return (1 - share) * self.peak + share * self.final
 

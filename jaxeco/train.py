@@ -21,6 +21,8 @@ from jaxeco.experiment import Experiment
 from jaxeco.forward import Sums, forward, measure, preprocess
 from jaxeco.guard import Record, judged
 
+NO_STEP = 2**32 - 1  # what a run draws from this number of its key is the same in all steps
+
 
 class State(struct.PyTreeNode):
     """Everything that changes during training."""
@@ -87,7 +89,10 @@ def gradient(ex: Experiment, state: State, batch: dict[str, Any]) -> tuple[Any, 
     """The model's other variables after a batch, its sums, and the gradient of its mean loss."""
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
     batch = preprocess(ex, batch)
-    batch = augmented(ex.augment, axes.example_keys(augment_key, len(batch["mask"])), batch)
+    keys_B = axes.example_keys(augment_key, len(batch["mask"]))
+    own = {"key": jax.random.fold_in(state.key, NO_STEP)}
+    batch = augmented(ex.augment, keys_B, batch | own)
+    batch = {name: value for name, value in batch.items() if name != "key"}
     variables, sums, grads = accumulated_grads(ex, state, batch, dropout_key)
     sums, grads = axes.global_sum((sums, grads))
     weight = sums["loss"].weight

@@ -103,7 +103,12 @@ def test_batches_follow_the_order(resident):
         assert feed.steps == 2 and feed.batch == 4
         for step, batch in enumerate(batches(feed, range(7))):
             index = order.indices(5, step, 4, 10)
-            assert_same(batch, {"x": x[index], "y": y[index], "mask": np.ones(4, np.float32)})
+            expected = {"x": x[index], "y": y[index], "mask": np.ones(4, np.float32)}
+            assert_same(
+                batch,
+                expected
+                | {"index": index.astype(np.int32), "epoch": np.full(4, step // 2, np.int32)},
+            )
 
 
 def memmapped(tmp_path):

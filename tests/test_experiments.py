@@ -28,6 +28,7 @@ TINY = ("batch=8", "eval_batch=8", "steps_per_call=1")
 TRUNK = ("model.trunk.layers=1", "model.trunk.heads=2", "model.trunk.width=16")
 # beside TINY: what makes each small enough for a test
 SHRUNK = {
+    "cifar_speedrun": ("widths=8,8,8",),
     "docs_bpe": TRUNK,
     "finetune_classifier": (*TRUNK, "start=none", "optimizer.layers=1"),
     "finetune_lora": ("start=none", "model.model.trunk.layers=1"),

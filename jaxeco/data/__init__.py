@@ -1,7 +1,15 @@
 """What an experiment file names: `from jaxeco import data`, then `data.Digits(split="train")`."""
 
 from jaxeco.data.dataset import Dataset, Source
-from jaxeco.data.image import Crop, Cutout, Flip, Normalize, augmented
+from jaxeco.data.image import (
+    AlternatingFlip,
+    Crop,
+    Cutout,
+    Flip,
+    MirrorShift,
+    Normalize,
+    augmented,
+)
 from jaxeco.data.numbers import NumberWords
 from jaxeco.data.pipeline import Feed, assemble, fits
 from jaxeco.data.records import ArrayRecords, write_records
@@ -41,6 +49,7 @@ __all__ = [
     "MASK",
     "PAD",
     "SEPARATOR",
+    "AlternatingFlip",
     "ArrayRecords",
     "Arrays",
     "Bpe",
@@ -57,6 +66,7 @@ __all__ = [
     "JsonLines",
     "LabelledText",
     "MaskTokens",
+    "MirrorShift",
     "Normalize",
     "NumberWords",
     "PackedText",

@@ -87,7 +87,7 @@ class Dataset:
     units: int = 1
 
     def __post_init__(self) -> None:
-        if reserved := {"row", "index", "mask"} & self.fields.keys():
+        if reserved := {"row", "index", "epoch", "mask", "key"} & self.fields.keys():
             raise ValueError(f"{self.name}: a field is called {reserved.pop()!r}, a reserved name")
         sizes = {name: field.shape[0] for name, field in self.fields.items()}
         if len(set(sizes.values())) != 1:

@@ -5,7 +5,9 @@ Shape suffixes: B batch, H height, W width, C channels.
 A preprocess is `batch -> batch` and serves training and evaluation; an augmentation is
 `(keys_B, batch) -> batch`, for training. Those here touch `batch["x"]` alone. The random numbers of
 an example come from its own key (see `axes.example_keys`), so its picture does not depend on its
-neighbours or on how many devices share the batch.
+neighbours or on how many devices share the batch. In training a batch also says which examples of
+the data it holds and for which time: "index" and "epoch", i32[B]; and "key" is the same in all
+steps of a run.
 """
 
 import math
@@ -90,6 +92,21 @@ class Flip:
 
 
 @dataclass(frozen=True)
+class AlternatingFlip:
+    """Mirrors left and right at random in an image's first epoch, from then on every other time.
+
+    So any two epochs on end show both sides of every image (Jordan 2024, arXiv:2404.00498, §3.6).
+    """
+
+    def __call__(self, keys_B: jax.Array, batch: Batch) -> Batch:
+        x_BxHxWxC = _images(self, batch)
+        own_B = jax.vmap(jax.random.fold_in, (None, 0))(batch["key"], batch["index"])
+        flip_B = jax.vmap(jax.random.bernoulli)(own_B) ^ (batch["epoch"] % 2 == 1)
+        flip_Bx1x1x1 = flip_B[:, None, None, None]
+        return batch | {"x": jnp.where(flip_Bx1x1x1, x_BxHxWxC[:, :, ::-1], x_BxHxWxC)}
+
+
+@dataclass(frozen=True)
 class Crop:
     """Pads every side by `pad` pixels, then cuts the image's own size out at a random place.
 
@@ -158,3 +175,23 @@ class Cutout:
 
         hole_BxHxW = covered(0)[:, :, None] & covered(1)[:, None, :]
         return batch | {"x": jnp.where(hole_BxHxW[..., None], 0, x_BxHxWxC)}
+
+
+@dataclass(frozen=True)
+class MirrorShift:
+    """Views of an image whose outputs an evaluation averages, as airbench's (Jordan 2024, §3.5).
+
+    Half of the weight is on the image and its mirror image, half on both of them shifted by one
+    pixel, down and right or up and left. What comes in at the border mirrors the image, as in
+    `Crop`.
+    """
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return (1 / 4,) * 2 + (1 / 8,) * 4
+
+    def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+        """The views, [B, V, H, W, C]."""
+        padded = jnp.pad(x_BxHxWxC, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+        shifted = [x_BxHxWxC, padded[:, :-2, :-2], padded[:, 2:, 2:]]
+        return jnp.stack([view for x in shifted for view in (x, x[:, :, ::-1])], axis=1)

@@ -103,6 +103,8 @@ class Feed:
     ) -> Self:
         """Shuffled batches without end; the remainder of an epoch is dropped (`order.indices`).
 
+        A batch also holds "index", which row of the data each example is, and "epoch"; i32[B].
+
         Args:
           dataset: opened data.
           batch: examples in the global batch.
@@ -146,16 +148,18 @@ class Feed:
         """Which examples the whole batch of a step consists of, whoever holds them; reads none.
 
         Returns:
-          "row" i64[B], of the data set; in an evaluation also "index" i32[B] and "mask" f32[B].
+          "row" i64[B], of the data set; "index" i32[B]; in training "epoch" i32[B], in an
+          evaluation "mask" f32[B].
         """
         return self._plan(step)
 
     def fed(self, step: int, n: int = 1) -> Fields:
         """What `n` steps from `step` on are fed: host arrays with leading dimensions [n, S].
 
-        Resident: "row" i32[n, S]. Streaming: the examples themselves. In an evaluation also
-        "index" i32[n, S] and "mask" f32[n, S]. Steps asked for one after another are read ahead;
-        any other step starts the reader anew, which costs no more than the first batch did.
+        Resident: "row" i32[n, S]. Streaming: the examples themselves. Either way "index" i32[n, S],
+        and in training "epoch" i32[n, S], in an evaluation "mask" f32[n, S]. Steps asked for one
+        after another are read ahead; any other step starts the reader anew, which costs no more
+        than the first batch did.
 
         Raises:
           ValueError: if an evaluation has no such steps.
@@ -276,7 +280,9 @@ class _Batches:
 
 
 def _training_rows(seed: int, batch: int, size: int, stride: int, step: int) -> Fields:
-    return {"row": order.indices(seed, step, batch, size, stride)}
+    row = order.indices(seed, step, batch, size, stride)
+    epoch = np.full(batch, step // (size // stride // batch), np.int32)
+    return {"row": row, "index": row.astype(np.int32), "epoch": epoch}
 
 
 def _evaluation_rows(batch: int, size: int, stride: int, step: int) -> Fields:
@@ -337,8 +343,8 @@ def assemble(resident: dict[str, Any], fed: dict[str, Any]) -> dict[str, jax.Arr
       fed: `Feed.fed` for one step, i.e. without the leading n.
 
     Returns:
-      "x", "y" and every other field [B, ...], and "mask" f32[B], all ones unless it was fed; in
-      an evaluation also "index" i32[B].
+      "x", "y" and every other field [B, ...]; "mask" f32[B], all ones unless it was fed; "index"
+      i32[B], which of the data each example is; and in training "epoch" i32[B], from 0.
     """
     batch = {name: jnp.asarray(value) for name, value in fed.items()}
     if resident:

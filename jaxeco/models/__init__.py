@@ -4,7 +4,7 @@ A model's fields are its whole configuration, and it is called as
 `model.apply(variables, x, train=..., rngs={"dropout": key})`.
 """
 
-from jaxeco.models.cifar import CifarNet
+from jaxeco.models.cifar import Airbench, CifarNet, Whitening
 from jaxeco.models.layers import Activation, BatchNorm, Conv, Dropout, max_pool
 from jaxeco.models.lenet import LeNet
 from jaxeco.models.lora import Lora
@@ -21,6 +21,7 @@ from jaxeco.models.transformer import (
 __all__ = [
     "MLP",
     "Activation",
+    "Airbench",
     "BatchNorm",
     "CifarNet",
     "CifarResNet",
@@ -33,6 +34,7 @@ __all__ = [
     "ResNet",
     "TextClassifier",
     "Transformer",
+    "Whitening",
     "max_pool",
     "unscanned",
 ]

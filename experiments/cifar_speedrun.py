@@ -1,0 +1,68 @@
+"""CIFAR-10 in a few epochs: the recipe of airbench94, with Muon (Jordan 2024), in full.
+
+    python -m jaxeco.run experiments/cifar_speedrun.py seed=0    # and seed=1, seed=2
+
+The test images are measured as they are, "test", and in six views each, "views", whose outputs are
+averaged; both at the end alone, since they take time. github.com/KellerJordan/cifar10-airbench has
+the original. No result is claimed yet.
+"""
+
+from jaxeco import data, losses, metrics, models, optim, schedules
+from jaxeco.experiment import Epochs, Experiment, Steps
+
+
+def experiment(
+    lr: float = 0.24,  # of Muon, for the filters; all rates fall linearly to 0
+    head_lr: float = 0.67,  # of Nesterov momentum, an example, for the last layer
+    bias_lr: float = 0.053,  # of Nesterov momentum, an example, for the biases
+    decay: float = 2e-6,  # of biases and last layer: share that a step takes away, an example
+    widths: tuple[int, ...] = (64, 256, 256),  # channels of the groups
+    batch: int = 2000,  # examples a step
+    epochs: float = 8,  # passes over the 50,000 training images
+    stem_epochs: float = 3,  # after which the stem's biases, too, stay as they are
+    label_smoothing: float = 0.2,
+) -> Experiment:
+    def nesterov(lr: float, until: float = 1.0) -> optim.Momentum:
+        # The original sums the loss over a batch, here it is a mean: its gradient is 1/batch as
+        # large, and the rate batch times as high. Then lr·batch·l2·w is what a step takes away,
+        # and has to be decay·batch·w. Muon asks for no such thing: it knows no gradient's size.
+        rate = schedules.Linear(lr * batch, until=until)
+        return optim.Momentum(rate, momentum=0.85, nesterov=True, l2=decay / lr, no_decay=())
+
+    test = data.Tfds("cifar10", split="test")
+    return Experiment(
+        name="cifar_speedrun",
+        train=data.Tfds("cifar10", split="train"),
+        evals={"test": test, "views": test},
+        preprocess=(data.Normalize(mean=(0.4914, 0.4822, 0.4465), sd=(0.2470, 0.2435, 0.2616)),),
+        augment=(data.AlternatingFlip(), data.Crop(2, mode="reflect")),
+        views={"views": data.MirrorShift()},
+        model=models.Airbench(num_classes=10, widths=widths),
+        calibrate=models.Whitening("stem/kernel", examples=5000),
+        loss=losses.SoftmaxCrossEntropy(label_smoothing=label_smoothing),
+        eval_loss=losses.SoftmaxCrossEntropy(),
+        metrics=(metrics.Accuracy(),),
+        optimizer=optim.Muon(
+            schedules.Linear(lr),
+            momentum=0.6,
+            averaged=False,
+            ns_steps=3,
+            fixed_norm=True,
+            matrices="Conv_.*/kernel",
+            rest=optim.Partition(
+                (
+                    ("stem/kernel", None),
+                    ("stem/bias", nesterov(bias_lr, until=min(1.0, stem_epochs / epochs))),
+                    ("head/kernel", nesterov(head_lr)),
+                    (".*/bias", nesterov(bias_lr)),
+                )
+            ),
+        ),
+        batch=batch,
+        length=Epochs(epochs),
+        eval_batch=250,  # six views of each: as many images as in training
+        eval_every=Epochs(epochs),
+        save_every=Epochs(4),
+        log_every=Steps(5),
+        best="views/accuracy",
+    )
