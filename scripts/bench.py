@@ -178,8 +178,7 @@ class Worker:
             return json.loads(line)
         status = self.process.wait()
         self.stderr.seek(0)
-        said = [line.strip() for line in self.stderr if line.strip()] or [f"status {status}"]
-        raise Failed(re.sub(r"/\S*/", "", said[-1])[:150])  # without paths of this machine
+        raise Failed(why(self.stderr.read()) or f"status {status}")
 
     def round(self) -> float:
         assert self.process.stdin is not None
@@ -192,8 +191,17 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.communicate()
-        self.stderr.close()
+        self.process.wait()  # not for its pipes to close: processes of its own may hold them
+        for file in (self.process.stdin, self.process.stdout, self.stderr):
+            assert file is not None
+            file.close()
+
+
+def why(stderr: str) -> str:
+    """Its last error, or its last line, without paths of this machine."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Failed)\b", line)]
+    return re.sub(r"/\S*/", "", (errors or lines or [""])[-1])[:150]
 
 
 def measure(name: str, rounds: int, seconds: float, torch: str | None) -> of.Result:
@@ -241,10 +249,13 @@ def asked(
     """(what each says of itself, its rates, what went wrong), by program."""
     abouts, rates, errors = {}, {}, {}
     with ExitStack() as stack:
+        # what torch.compile leaves behind when it is killed would make it fail the next time
+        fresh = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         workers = {}
         for program in programs:
             what = "matmul" if program in LIMITS and name != "bandwidth" else name
-            workers[program] = stack.enter_context(Worker(program, what, seconds, torch, None))
+            caches = fresh if program == "pytorch_compile" else None
+            workers[program] = stack.enter_context(Worker(program, what, seconds, torch, caches))
         for program, worker in workers.items():
             try:
                 abouts[program], rates[program] = worker.answer(), []
@@ -305,7 +316,8 @@ def quick(store: bool) -> int:
         found = of.against(result, "plain_flax")
         if found is None:
             raise UserError(f"{name}: plain Flax failed: {result['programs']['plain_flax']}")
-        now[name], said = asdict(found), "no ratio is stored"
+        now[name] = {key: round(value, 3) for key, value in asdict(found).items()}
+        said = "no ratio is stored"
         if name in before["ratios"]:
             old = of.Ratio(**before["ratios"][name])
             fell = of.fallen(old, found)

@@ -222,6 +222,13 @@ def test_a_program_that_fails_is_a_row_of_the_table(scripts, of, monkeypatch) ->
         bench.measure("mlp", 2, 1.0, "python")
 
 
+def test_an_error_is_said_without_the_machines_paths(scripts) -> None:
+    why = scripts("bench").why
+    said = "Traceback\na.b.SomeError: /home/me/x.so: file too short\n\nSet VERBOSE=1 for more\n"
+    assert why(said) == "a.b.SomeError: x.so: file too short"
+    assert why("") == ""
+
+
 def test_quick_ends_with_1_when_a_ratio_fell(scripts, monkeypatch, tmp_path, capsys) -> None:
     bench, table = scripts("bench"), tmp_path / "ratios.json"
     monkeypatch.setattr(bench, "RATIOS", table)
