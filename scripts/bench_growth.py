@@ -8,8 +8,8 @@ that runs replaces its own results and leaves the others'.
 
 - step: the compiled training step of a small network, on noise, against one of its sizes.
 - compile: tracing and compiling that step against depth, layers one by one and scanned over.
-- memory: what the step needs beside its arguments, as XLA plans it and as the process grows by it,
-  against the batch, with and without `remat`.
+- memory: what the step needs beside its arguments, as XLA plans it, against the batch, with and
+  without `remat`.
 - start: from the end of the imports until a first batch can be fed, in a fresh process, against the
   size of the decoded data: where the cache is empty, and afterwards.
 
@@ -189,12 +189,6 @@ def said(*words: object) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
-def seconds(action: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
-
-
 def in_turn(actions: Sequence[Callable[[], float]], repeats: int) -> tuple[tuple[float, ...], ...]:
     """What each action gives, in so many rounds."""
     return tuple(zip(*([action() for action in actions] for _ in range(repeats))))
@@ -240,11 +234,18 @@ def step() -> Iterator[Curve]:
         yield Curve("step time", "ms", axis, UNITS[axis], name, work, sizes, times)
 
 
+def lowered(p: Plan) -> Any:
+    """A step, traced."""
+    feed = p.feed()
+    return p.compiled().lower(p.abstract_state(), feed.resident, feed.fed(0))
+
+
 def compiling(p: Plan) -> float:
     """Seconds to trace and compile a step that no cache knows."""
     jax.clear_caches()
-    call, feed, state = p.compiled(), p.feed(), p.abstract_state()
-    return seconds(lambda: call.lower(state, feed.resident, feed.fed(0)).compile())
+    began = time.perf_counter()
+    lowered(p).compile()
+    return time.perf_counter() - began
 
 
 def compile_time() -> Iterator[Curve]:
@@ -258,42 +259,17 @@ def compile_time() -> Iterator[Curve]:
         yield Curve("compile time", "s", "depth", UNITS["depth"], name, work, depths, times)
 
 
-def process_bytes(what: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(what)).split()[1]) * 1024
-
-
-def footprint(p: Plan) -> tuple[float, float]:
-    """MiB of a step's buffers as XLA plans them; by which the process grows in a step at most.
-
-    Where the system does not count the latter (Linux does), it is NaN.
-    """
-    feed, state = p.feed(), p.start()
-    fed = feed.fed(0)
-    call = p.compiled().lower(state, feed.resident, fed).compile()
-    state, _ = jax.block_until_ready(call(state, feed.resident, fed))
-    planned = call.memory_analysis().temp_size_in_bytes / MIB
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    except OSError:
-        return planned, float("nan")
-    before = process_bytes("VmRSS")
-    jax.block_until_ready(call(state, feed.resident, fed))
-    return planned, (process_bytes("VmHWM") - before) / MIB
-
-
 def memory() -> Iterator[Curve]:
     sizes = (8, 32, 128)
     for scanned in (False, True):
         for remat in (False, True):
             name = f"{'scan_layers' if scanned else 'one by one'}{', remat' if remat else ''}"
             said(f"memory of GPT, layers {name}")
-            plans = [gpt(batch=n, depth=4, remat=remat, scan_layers=scanned) for n in sizes]
-            planned, held = zip(*(footprint(p) for p in plans))
-            for cost, found in ("memory planned", planned), ("memory held", held):
-                once = [(y,) for y in found]
-                if np.isfinite(found).all():
-                    yield Curve(cost, "MiB", "batch", UNITS["batch"], name, 1, sizes, once)
+            plans = [gpt(batch=n, depth=3, remat=remat, scan_layers=scanned) for n in sizes]
+            held = [
+                (lowered(p).compile().memory_analysis().temp_size_in_bytes / MIB,) for p in plans
+            ]
+            yield Curve("memory", "MiB", "batch", UNITS["batch"], name, 1, sizes, held)
 
 
 OPENS = """
@@ -502,9 +478,9 @@ def draw(drawn: Sequence[Curve], path: Path) -> None:
     panels: dict[tuple[str, str], list[Curve]] = defaultdict(list)
     for curve in drawn:
         panels[curve.cost, curve.axis].append(curve)
-    columns = min(3, len(panels))
+    columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.4 * columns, 3.5 * rows), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 3.5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     for place, ((cost, axis), here) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, place + 1)
