@@ -42,6 +42,7 @@ def experiment(
         loss=losses.SoftmaxCrossEntropy(label_smoothing=label_smoothing),
         eval_loss=losses.SoftmaxCrossEntropy(),
         metrics=(metrics.Accuracy(),),
+        eval_metrics=(metrics.ConfusionMatrix(10),),
         optimizer=optim.Muon(
             schedules.Linear(lr),
             momentum=0.6,

@@ -422,6 +422,8 @@ def test_a_pass_takes_one_row_in_stride(resident):
             assert_same(
                 batch,
                 {
+                    "index": rows,
+                    "epoch": np.full(2, step // 5, np.int32),
                     "x": np.stack([rows, rows], 1) ** 2,
                     "y": np.stack([rows, rows + 1], 1) ** 2,
                     "mask": np.ones(2, np.float32),

@@ -148,7 +148,7 @@ class Feed:
         """Which examples the whole batch of a step consists of, whoever holds them; reads none.
 
         Returns:
-          "row" i64[B], of the data set; "index" i32[B]; in training "epoch" i32[B], in an
+          "row" i64[B], of the data set; "index" and in training "epoch", whole numbers, [B]; in an
           evaluation "mask" f32[B].
         """
         return self._plan(step)
@@ -281,8 +281,8 @@ class _Batches:
 
 def _training_rows(seed: int, batch: int, size: int, stride: int, step: int) -> Fields:
     row = order.indices(seed, step, batch, size, stride)
-    epoch = np.full(batch, step // (size // stride // batch), np.int32)
-    return {"row": row, "index": row.astype(np.int32), "epoch": epoch}
+    epoch = np.full(batch, step // order.steps_per_epoch(batch, size // stride))
+    return {"row": row, "index": row, "epoch": epoch}
 
 
 def _evaluation_rows(batch: int, size: int, stride: int, step: int) -> Fields:
