@@ -117,12 +117,8 @@ WORKLOADS = {
     "gpt2": Workload(
         "GPT-2 124M, forward + backward, 1 x 256", "tokens", transformer(50_257, 12, 768, 256)
     ),
-    "input_resident": Workload(
-        "input, crop + flip, batch 256: on the device, or DataLoader", "images", programs=PIPELINE
-    ),
-    "input_streamed": Workload(
-        "input, crop + flip, batch 256: streamed, or DataLoader", "images", programs=PIPELINE
-    ),
+    "input_resident": Workload("input on the device, batch 256", "images", programs=PIPELINE),
+    "input_streamed": Workload("input streamed, batch 256", "images", programs=PIPELINE),
     "start_mlp_cold": Workload("start, MNIST MLP, empty caches", "starts", start=("cold", "mlp")),
     "start_mlp_warm": Workload("start, MNIST MLP, caches full", "starts", start=("warm", "mlp")),
     "start_lenet_cold": Workload("start, LeNet, empty caches", "starts", start=("cold", "lenet_4")),

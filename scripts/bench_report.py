@@ -226,9 +226,9 @@ def draw(results: Sequence[Result], workloads: Sequence[str], path: Path) -> Non
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(group)), [result["title"] for result in group], fontsize=8)
     axes.set_ylim(-0.6, len(group) - 0.4)
-    axes.set_xlabel("jaxeco is so many times as fast as (whiskers: least and most of the rounds)")
-    axes.set_title(f"{group[0]['device']}, JAX {group[0]['versions']['JAX']}", fontsize=9)
-    axes.legend(fontsize=8, loc="best")
+    of = f"{group[0]['device']}, JAX {group[0]['versions']['JAX']}"
+    axes.set_xlabel(f"jaxeco's speed over its peer's; whiskers: least, most; {of}", fontsize=8)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=len(PEERS))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
