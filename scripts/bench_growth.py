@@ -490,10 +490,15 @@ def draw(drawn: Sequence[Curve], path: Path) -> None:
             fit = fitted(x, y)
             bars = [y - [min(found) for found in curve.y], [max(found) for found in curve.y] - y]
             label = f"{curve.name}: {signed(fit)}"
-            look = {"color": color, "marker": marker, "markersize": 4.5, "capsize": 2}
+            look = {"color": color, "marker": marker, "markersize": 5, "capsize": 2}
+            if "remat" in curve.name:  # a ring shows what it lies upon
+                look |= {"fillstyle": "none", "markersize": 8}
             axes.errorbar(x, y, yerr=bars, linestyle="", elinewidth=1, label=label, **look)
             axes.plot(x, fit.scale * x**fit.slope, linewidth=1, alpha=0.6, color=color)
-        sizes = sorted({size for curve in here for size in curve.x})
+        sizes: list[float] = []
+        for size in sorted({size for curve in here for size in curve.x}):
+            if not sizes or size > 1.3 * sizes[-1]:  # else labels would overlap
+                sizes.append(size)
         axes.set(xscale="log", yscale="log", title=f"{cost} against {axis}")
         axes.set(xlabel=f"{axis}, {here[0].axis_unit}", ylabel=f"{cost}, {here[0].cost_unit}")
         axes.set_xticks(sizes, [number(size) for size in sizes])
