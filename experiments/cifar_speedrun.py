@@ -19,7 +19,7 @@ def experiment(
     widths: tuple[int, ...] = (64, 256, 256),  # channels of the groups
     batch: int = 2000,  # examples a step
     epochs: float = 8,  # passes over the 50,000 training images
-    stem_epochs: float = 3,  # after which the stem's biases, too, stay as they are
+    stem_epochs: float = 3,  # in which the stem's biases learn; 0: never, which saves 4 % of a step
     label_smoothing: float = 0.2,
 ) -> Experiment:
     def nesterov(lr: float, until: float = 1.0) -> optim.Momentum:
@@ -29,6 +29,7 @@ def experiment(
         rate = schedules.Linear(lr * batch, until=until)
         return optim.Momentum(rate, momentum=0.85, nesterov=True, l2=decay / lr, no_decay=())
 
+    stem_bias = nesterov(bias_lr, until=min(1.0, stem_epochs / epochs)) if stem_epochs else None
     test = data.Tfds("cifar10", split="test")
     return Experiment(
         name="cifar_speedrun",
@@ -53,7 +54,7 @@ def experiment(
             rest=optim.Partition(
                 (
                     ("stem/kernel", None),
-                    ("stem/bias", nesterov(bias_lr, until=min(1.0, stem_epochs / epochs))),
+                    ("stem/bias", stem_bias),
                     ("head/kernel", nesterov(head_lr)),
                     (".*/bias", nesterov(bias_lr)),
                 )
