@@ -18,7 +18,7 @@ def experiment(
     decay: float = 2e-6,  # of biases and last layer: share that a step takes away, an example
     widths: tuple[int, ...] = (64, 256, 256),  # channels of the groups
     batch: int = 2000,  # examples a step
-    epochs: float = 8,  # passes over the 50,000 training images
+    epochs: float = 10,  # passes over the 50,000 training images; the original has 8
     stem_epochs: float = 3,  # in which the stem's biases learn; 0: never, which saves 4 % of a step
     label_smoothing: float = 0.2,
 ) -> Experiment:
@@ -62,9 +62,10 @@ def experiment(
         ),
         batch=batch,
         length=Epochs(epochs),
+        precision="bfloat16",  # twice as fast as float32 on a CPU with oneDNN: '.[cpu]'
         eval_batch=250,  # six views of each: as many images as in training
         eval_every=Epochs(epochs),
-        save_every=Epochs(4),
+        save_every=Epochs(5),
         log_every=Steps(5),
         best="views/accuracy",
     )

@@ -1,5 +1,6 @@
 """From a batch to outputs to sums: what training and evaluation share. All pure."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxeco import sharding
 from jaxeco.experiment import Experiment, Views
 from jaxeco.metrics import Mean, Metric, expand
 from jaxeco.ranking import WholeSplit
+from jaxeco.trees import map_named
 
 Sums = dict[str, Mean]  # the loss and the metrics of some examples, by name, not yet divided
 Kept = dict[str, dict[str, Any]]  # what metrics of a whole split keep of each example, by name
@@ -27,13 +29,19 @@ def forward(
     """Applies the model; trains (dropout, batch statistics) if a dropout key is given.
 
     In bfloat16 the parameters and inputs are cast here, so that the master copy, the batch
-    statistics, the loss and the optimizer stay float32 (Micikevicius et al. 2018).
+    statistics, the loss and the optimizer stay float32 (Micikevicius et al. 2018). A model whose
+    first layers cannot do with 8 bits has a pattern of their parameters' names, `float32`: these
+    stay as they are, and so does x.
 
     Returns:
       outputs in float32, and the model's other variables as they are afterwards.
     """
     if ex.precision == "bfloat16":
-        params, x = jax.tree.map(_bfloat16, (params, x))
+        wide = getattr(ex.model, "float32", None)
+        x = x if wide else jax.tree.map(_bfloat16, x)
+        params = map_named(
+            lambda name, a: a if wide and re.fullmatch(wide, name) else _bfloat16(a), params
+        )
     params = sharding.gathered(ex.model, params)
     train = dropout_key is not None
     outputs, new = ex.model.apply(

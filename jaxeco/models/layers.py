@@ -2,7 +2,8 @@
 
 Shapes: B batch, H W height and width, C channels in, F features out, I J kernel height and width.
 Parameters are named and shaped as in `flax.linen`, so a checkpoint of one fits the other. Layers
-compute in the dtype to which input and parameters promote; reductions run in at least float32.
+compute in the dtype to which input and parameters promote, and a convolution in bfloat16 if its
+kernel is; reductions run in at least float32.
 """
 
 import math
@@ -131,34 +132,6 @@ def logits(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def product(
-    x: jax.Array,
-    kernel_CxF: jax.Array,
-    dimensions: Any,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-) -> jax.Array:
-    """x [..., C] times a kernel, fast on CPU: `nn.Dense(..., dot_general=product)`.
-
-    It is `jax.lax.dot_general` with the two the other way round. So the kernel's gradient is one of
-    x and the output's gradient, rather than the reverse, and XLA on CPU transposes x for it, which
-    is there already, rather than all that goes into the output's gradient, computed once more.
-    In bfloat16, which XLA has no fast product of, oneDNN does it where it is installed.
-    """
-    assert dimensions == (((x.ndim - 1,), (0,)), ((), ())), dimensions
-    x_NxC = x.reshape(-1, x.shape[-1])
-    if x.dtype == jnp.bfloat16 and onednn.multiplies("nc,cf->nf", x_NxC, kernel_CxF):
-        return onednn.einsum("nc,cf->nf", x_NxC, kernel_CxF).reshape(*x.shape[:-1], -1)
-    y_FxN = jax.lax.dot_general(
-        kernel_CxF,
-        x_NxC,
-        (((0,), (1,)), ((), ())),
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
-    return y_FxN.T.reshape(*x.shape[:-1], -1)
-
-
 # Layers.
 
 
@@ -214,8 +187,9 @@ class Conv(nn.Module):
         bias_F = None
         if self.use_bias:
             bias_F = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+        narrow = kernel_IxJxCxF.dtype == jnp.bfloat16
         x_BxHxWxC, kernel_IxJxCxF, bias_F = nn.dtypes.promote_dtype(
-            x_BxHxWxC, kernel_IxJxCxF, bias_F, dtype=None
+            x_BxHxWxC, kernel_IxJxCxF, bias_F, dtype=jnp.bfloat16 if narrow else None
         )
         pads = _pads((h, w), self.kernel_size, self.stride, self.padding)
         thin = jax.default_backend() == "cpu" and math.prod(self.kernel_size) * c <= 32

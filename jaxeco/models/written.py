@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxeco.models import layers
+from jaxeco import onednn
 
 FORBIDDEN = -1e30  # a score that no softmax sees, and yet finite: a row may be forbidden as a whole
 TRANSPOSED = (((0,), (0,)), ((), ()))  # of dot_general: aᵀb
@@ -36,10 +36,14 @@ def _column_sums(x_NxD: jax.Array) -> jax.Array:
 
 
 def dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> Any:
-    """`product` as `nn.Dense(dot_general=...)` asks for it; in bfloat16 that of `layers`."""
-    if x.dtype == jnp.bfloat16:
-        return layers.product(x, kernel, dimensions, precision)
+    """`product` as `nn.Dense(dot_general=...)` asks for it.
+
+    In bfloat16, which XLA has no fast product of, oneDNN's where it is installed.
+    """
     assert dimensions == (((x.ndim - 1,), (0,)), ((), ())) and precision is None, dimensions
+    x_NxC = x.reshape(-1, x.shape[-1])
+    if x.dtype == jnp.bfloat16 and onednn.multiplies("nc,cf->nf", x_NxC, kernel):
+        return onednn.einsum("nc,cf->nf", x_NxC, kernel).reshape(*x.shape[:-1], -1)
     return product(x, kernel)
 
 
@@ -127,7 +131,13 @@ def attention(
 
 
 def _products(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any = None) -> jax.Array:
-    """For each of [B, G] a matrix product, summed over these axes of a and b."""
+    """For each of [B, G] a matrix product, summed over these axes of a and b.
+
+    By oneDNN where it is installed: XLA takes one core for all of them.
+    """
+    spec = {(3, 3): "bgmk,bgsk->bgms", (3, 2): "bgms,bgsk->bgmk", (2, 2): "bgms,bgmk->bgsk"}[over]
+    if dtype in (None, a.dtype) and onednn.multiplies(spec, a, b):
+        return onednn.einsum(spec, a, b)
     dimensions = (((over[0],), (over[1],)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
 
