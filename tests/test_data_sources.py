@@ -243,6 +243,22 @@ def test_an_unreadable_image_is_named(folder, damage):
         everything(dataset)
 
 
+def test_images_that_lie_on_the_device_are_decoded_once(folder):
+    def resident():
+        with Feed.evaluation(ImageFolder(str(folder), 4, "all").open(), 24, resident=True) as feed:
+            return np.asarray(feed.resident["x"])
+
+    before = resident()
+    bee = folder / "bee" / "0.png"
+    times, size = (bee.stat().st_atime_ns, bee.stat().st_mtime_ns), bee.stat().st_size
+    bee.write_bytes(b"x" * size)
+    os.utime(bee, ns=times)  # by all that can be seen from outside it is the same file
+    np.testing.assert_array_equal(resident(), before)
+    os.utime(bee)
+    with pytest.raises(UserError, match=r"bee/0\.png: not a readable image"):
+        resident()
+
+
 def test_a_process_opens_the_files_of_its_share_and_no_others(folder):
     dataset = ImageFolder(str(folder), 4, "all").open()
     share, colours = np.array([0, 3]), dataset.fields["x"][np.arange(24)]

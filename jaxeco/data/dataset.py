@@ -74,6 +74,8 @@ class Dataset:
       specials: special tokens that a model must know to read the rows: "separator", "pad".
       stride: rows from one example of a pass to the next.
       unit, units: what a rate counts, in the plural, and how many of it an example has.
+      keep: where all of it fits on the device, what has to be decoded is decoded once and kept in
+        the cache; so the fingerprint must cover all that the values depend on.
     """
 
     fields: Mapping[str, Field]
@@ -85,6 +87,7 @@ class Dataset:
     stride: int = 1
     unit: str = "examples"
     units: int = 1
+    keep: bool = False
 
     def __post_init__(self) -> None:
         if reserved := {"row", "index", "epoch", "mask", "key"} & self.fields.keys():

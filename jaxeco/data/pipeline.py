@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeco.data import order
+from jaxeco.data.cache import cached
 from jaxeco.data.dataset import Column, Dataset, Field, read
 from jaxeco.errors import RunFailed, UserError
 
@@ -366,18 +367,24 @@ def _host(array: np.ndarray) -> np.ndarray:
 
 
 def _whole(dataset: Dataset) -> dict[int, np.ndarray]:
-    """`dataset.arrays`; those that have to be decoded are decoded by several threads."""
+    """`dataset.arrays`, decoded by several threads; once only if the data set says `keep`."""
     wholes = dict(dataset.arrays)
     decoded = {key: field for key, field in wholes.items() if not isinstance(field, np.ndarray)}
-    wholes |= {key: np.empty(field.shape, field.dtype) for key, field in decoded.items()}
+    names = {str(number): key for number, key in enumerate(decoded)}
+    layout = {name: (decoded[key].shape, decoded[key].dtype) for name, key in names.items()}
+    chunks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // 64))
 
-    def fill(rows: np.ndarray) -> None:
-        for key, values in read(decoded, rows).items():
-            wholes[key][rows] = values
-
-    if decoded:
-        chunks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // 64))
+    def blocks() -> Iterator[dict[str, np.ndarray]]:
         with ThreadPoolExecutor(_THREADS) as pool:
-            for _ in pool.map(fill, chunks):
-                pass
+            for values in pool.map(partial(read, decoded), chunks):
+                yield {name: values[key] for name, key in names.items()}
+
+    if decoded and dataset.keep:
+        kept, _ = cached(f"whole-{dataset.fingerprint}", dataset.fingerprint, layout, blocks)
+        wholes |= {key: kept[name] for name, key in names.items()}
+    elif decoded:
+        wholes |= {key: np.empty(field.shape, field.dtype) for key, field in decoded.items()}
+        for rows, block in zip(chunks, blocks(), strict=True):
+            for name, values in block.items():
+                wholes[names[name]][rows] = values
     return {key: _host(array) for key, array in wholes.items()}

@@ -183,6 +183,7 @@ class ArrayRecords:
             classes=classes,
             name=f"{self.path} (array_record)",
             fingerprint=hashlib.blake2b(described.encode(), digest_size=16).hexdigest(),
+            keep=self.decode is None,  # of a function only the name is in the fingerprint
         )
 
 

@@ -241,6 +241,7 @@ class ImageFolder:
             classes=classes,
             name=f"{self.path} {self.split} (folder)",
             fingerprint=hashlib.blake2b(os.fsencode(described), digest_size=16).hexdigest(),
+            keep=True,
         )
 
 
