@@ -103,15 +103,25 @@ class Workload:
 
 LIMITS = tuple(of.LIMITS)
 PIPELINE = ("ours", "pytorch")
+HALF = ("ours", "pytorch", "pytorch_compile")
 WORKLOADS = {
     "mlp": Workload("MNIST MLP 256-128, batch 128, Adam", "images"),
     "lenet_4": Workload("LeNet, batch 4, SGD", "images"),
     "lenet_128": Workload("LeNet, batch 128, SGD", "images"),
     "airbench_256": Workload("airbench CNN, batch 256, Nesterov SGD", "images", airbench()),
     "airbench_2000": Workload("airbench CNN, batch 2,000, Nesterov SGD", "images", airbench()),
+    "airbench_256_bf16": Workload(
+        "airbench CNN, batch 256, bfloat16", "images", airbench(), programs=HALF
+    ),
     "resnet18": Workload("ResNet-18, 32x32, batch 64, SGD", "images", resnet18()),
     "char_gpt": Workload(
         "char-GPT 4x128, batch 12 x 64, AdamW", "tokens", transformer(65, 4, 128, 64)
+    ),
+    "char_gpt_bf16": Workload(
+        "char-GPT 4x128, batch 12 x 64, bfloat16",
+        "tokens",
+        transformer(65, 4, 128, 64),
+        programs=HALF,
     ),
     "generate": Workload("char-GPT, text of 250, one at a time", "tokens"),
     "gpt2": Workload(

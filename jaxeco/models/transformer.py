@@ -270,7 +270,8 @@ class Transformer(Stack, kw_only=True):
       separator: the token before each document, to keep documents in one row apart; None: as one.
       pad: a token that fills rows up, which nobody looks at; None: there is none.
       embed_norm: norm the embeddings (BERT).
-      remat: recompute each block in the backward pass rather than keep what it computed.
+      remat: recompute each block in the backward pass rather than keep what it computed; on a CPU
+        it saves memory only with scan_layers, since XLA otherwise recomputes at once
       scan_layers: compile one block and run it `layers` times: the parameters, under "blocks", have
         a first axis for the layer. Compiles faster; cannot decode until it is `unscanned`.
     """

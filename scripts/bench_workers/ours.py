@@ -10,6 +10,7 @@ from serve import WORKLOAD, serve
 
 from jaxeco import config, runtime
 
+runtime.restart_with_huge_pages()  # as every command of jaxeco
 runtime.configure()
 
 import flax
@@ -64,9 +65,10 @@ def as_peers(ex: Experiment, optimizer: optim.Optimizer) -> Experiment:
     return dataclasses.replace(ex, augment=(), calibrate=None, optimizer=optimizer, loss=loss)
 
 
-def airbench(batch: int) -> Experiment:
+def airbench(batch: int, precision: str = "float32") -> Experiment:
     nesterov = optim.Momentum(0.1, momentum=0.85, nesterov=True)
-    ex = experiment("cifar_speedrun", images(), f"batch={batch}")
+    words = f"batch={batch}", f"precision={precision}"
+    ex = experiment("cifar_speedrun", images(), *words)
     return as_peers(ex, optim.Partition((("stem/kernel", None), (".*", nesterov))))
 
 
@@ -94,8 +96,10 @@ EXPERIMENTS = {
     "airbench_16": lambda: airbench(16),
     "airbench_256": lambda: airbench(256),
     "airbench_2000": lambda: airbench(2000),
+    "airbench_256_bf16": lambda: airbench(256, "bfloat16"),
     "resnet18": resnet18,
     "char_gpt": lambda: experiment("shakespeare_char", Text(65, 64)),
+    "char_gpt_bf16": lambda: experiment("shakespeare_char", Text(65, 64), "precision=bfloat16"),
     "generate": lambda: experiment("shakespeare_char", Text(65, 64), "model.trunk.context=256"),
     "gpt2": gpt2,
     "input_resident": lambda: pipeline(4.0),

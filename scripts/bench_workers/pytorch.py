@@ -148,8 +148,10 @@ WORKLOADS = {
     "lenet_128": (lenet, sgd, 128, (3, 32, 32), 10),
     "airbench_256": (Airbench, nesterov, 256, (3, 32, 32), 1),
     "airbench_2000": (Airbench, nesterov, 2000, (3, 32, 32), 1),
+    "airbench_256_bf16": (Airbench, nesterov, 256, (3, 32, 32), 1),
     "resnet18": (resnet18, sgd, 64, (3, 32, 32), 1),
     "char_gpt": (partial(small, 64), adamw, 12, (64,), 10),
+    "char_gpt_bf16": (partial(small, 64), adamw, 12, (64,), 10),
     "gpt2": (partial(large, 1024), None, 1, (256,), 1),
 }
 
@@ -182,7 +184,8 @@ def training() -> tuple[nn.Module, Callable[[], float]]:
             chosen = order[torch.arange(step * batch, (step + 1) * batch) % len(order)]
             inputs, targets = batch_of(chosen)
             model.zero_grad()
-            loss = F.cross_entropy(network(inputs).flatten(0, -2), targets)
+            with torch.autocast("cpu", torch.bfloat16, enabled=WORKLOAD.endswith("_bf16")):
+                loss = F.cross_entropy(network(inputs).flatten(0, -2), targets)
             loss.backward()
             if text and optimizer:
                 nn.utils.clip_grad_norm_(learnt, 1.0)
