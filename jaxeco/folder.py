@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from jaxeco import hosts, storage
+from jaxeco import hosts, onednn, storage
 from jaxeco.config import Loaded, load
 from jaxeco.description import describe
 from jaxeco.errors import UserError
@@ -34,7 +34,6 @@ PACKAGES = (
     "optax",
     "orbax-checkpoint",
     "numpy",
-    "onednn-cpu-gomp",
 )
 
 
@@ -204,8 +203,11 @@ def record(folder: Path, loaded: Loaded, **facts: Any) -> list[str]:
 
 def code(loaded: Loaded) -> dict[str, dict[str, str | None]]:
     """What computes: versions of packages, and digests of the experiment's and of our own code."""
+    versions = {name: _version(name) for name in PACKAGES}
+    if library := onednn.version():  # only where it is used
+        versions["oneDNN"] = library
     return {
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions,
         "code": {"experiment": _digest(_sources(loaded)), "jaxeco": _digest(_package())},
     }
 
@@ -213,7 +215,12 @@ def code(loaded: Loaded) -> dict[str, dict[str, str | None]]:
 def changes(before: dict[str, Any], session: dict[str, Any]) -> list[str]:
     """Names of what `code` tells, where two sessions differ."""
     both = [(session[kind], before[kind]) for kind in ("versions", "code")]
-    return [name for now, then in both for name, value in now.items() if then[name] != value]
+    return [
+        name
+        for now, then in both
+        for name in {**now, **then}
+        if (now[name] if name in now else None) != (then[name] if name in then else None)
+    ]
 
 
 def _sources(loaded: Loaded) -> dict[str, str]:

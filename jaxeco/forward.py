@@ -11,6 +11,7 @@ from jaxeco import sharding
 from jaxeco.experiment import Experiment, Views
 from jaxeco.metrics import Mean, Metric, expand
 from jaxeco.ranking import WholeSplit
+from jaxeco.sharding import inner
 from jaxeco.trees import map_named
 
 Sums = dict[str, Mean]  # the loss and the metrics of some examples, by name, not yet divided
@@ -30,14 +31,14 @@ def forward(
 
     In bfloat16 the parameters and inputs are cast here, so that the master copy, the batch
     statistics, the loss and the optimizer stay float32 (Micikevicius et al. 2018). A model whose
-    first layers cannot do with 8 bits has a pattern of their parameters' names, `float32`: these
-    stay as they are, and so does x.
+    first layers cannot do with 8 bits has a pattern of their parameters' names, `kept_float32`:
+    these stay as they are, and so does x.
 
     Returns:
       outputs in float32, and the model's other variables as they are afterwards.
     """
     if ex.precision == "bfloat16":
-        wide = getattr(ex.model, "float32", None)
+        wide = getattr(inner(ex.model), "kept_float32", None)
         x = x if wide else jax.tree.map(_bfloat16, x)
         params = map_named(
             lambda name, a: a if wide and re.fullmatch(wide, name) else _bfloat16(a), params

@@ -8,10 +8,12 @@ has, on one that multiplies bfloat16 (AVX-512 BF16 or AMX); in float32 the gain 
 XLA calls a handler of ours through its foreign function interface (xla/ffi/api/c_api.h, whose
 structures are written out below), with buffers and a text that describes the operation; the handler
 calls oneDNN's C interface (oneapi-src.github.io/oneDNN). All of that through ctypes, so nothing is
-compiled; a call costs about 10 µs. A partitioner knows nothing of such calls, so they are for one
-device.
+compiled; a call costs about 10 µs, more while Python is busy. A partitioner knows nothing of such
+calls, so they are for one device. They have no second derivative and none in forward mode; under
+`vmap` they run one after another.
 """
 
+import atexit
 import ctypes
 import json
 import math
@@ -39,6 +41,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxeco import runtime
 from jaxeco.errors import UserError
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # rows before and after, columns before and after
@@ -74,6 +77,7 @@ def usable(*arrays: jax.Array) -> bool:
         not _left_out.get()
         and jax.default_backend() == "cpu"
         and jax.device_count() == 1
+        and all(a.size for a in arrays)
         and {a.dtype.name for a in arrays} in ({"float32"}, {"bfloat16"})
         and _library() is not None
     )
@@ -83,7 +87,7 @@ def convolves(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> bool:
     """Whether `convolve` can: this processor has the operation, forward and both gradients."""
     return usable(x, kernel) and all(
         _possible(_convolution(kind, x.shape, kernel.shape, x.dtype.name, stride, pads))
-        for kind in ("forward", "backward_data", "backward_weights")
+        for kind in ("convolution", "convolution_dx", "convolution_dkernel")
     )
 
 
@@ -94,7 +98,7 @@ def convolve(x_BxHxWxC: jax.Array, kernel_IxJxCxF: jax.Array, stride: int, pads:
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> tuple[jax.Array, Any]:
-    about = _convolution("forward", x.shape, kernel.shape, x.dtype.name, stride, pads)
+    about = _convolution("convolution", x.shape, kernel.shape, x.dtype.name, stride, pads)
     return _call(about, x, kernel, out=(about["y"], x.dtype)), (x, kernel)
 
 
@@ -103,8 +107,8 @@ def _convolve_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     shapes = x.shape, kernel.shape, x.dtype.name, stride, pads
-    dx = _call(_convolution("backward_data", *shapes), dy, kernel, out=x)
-    dkernel = _call(_convolution("backward_weights", *shapes), x, dy, out=kernel)
+    dx = _call(_convolution("convolution_dx", *shapes), dy, kernel, out=x)
+    dkernel = _call(_convolution("convolution_dkernel", *shapes), x, dy, out=kernel)
     return dx, dkernel
 
 
@@ -116,7 +120,7 @@ def normalises(x: jax.Array, epsilon: Any) -> bool:
     return (
         isinstance(epsilon, float)
         and usable(x)
-        and all(_possible(_norm(kind, x, epsilon)) for kind in ("norm", "norm_backward"))
+        and all(_possible(_norm(kind, x, epsilon)) for kind in ("batch_norm", "batch_norm_dx"))
     )
 
 
@@ -133,30 +137,30 @@ def batch_norm(
 
 
 def _batch_norm(x: jax.Array, scale: jax.Array, shift: jax.Array, epsilon: float) -> Any:
-    y, mean, var = _call(_norm("norm", x, epsilon), x, scale, shift, out=[x, scale, scale])
+    y, mean, var = _call(_norm("batch_norm", x, epsilon), x, scale, shift, out=[x, scale, scale])
     return (y, mean, var), (x, mean, var, scale)
 
 
 def _batch_norm_backward(epsilon: float, saved: Any, gradients: Any) -> Any:
     x, mean, var, scale = saved
-    about = _norm("norm_backward", x, epsilon)
+    about = _norm("batch_norm_dx", x, epsilon)
     return tuple(_call(about, x, mean, var, gradients[0], scale, out=[x, scale, scale]))
 
 
 batch_norm.defvjp(_batch_norm, _batch_norm_backward)
 
 
-def multiplies(spec: str, a: jax.Array, b: jax.Array) -> bool:
-    """Whether `einsum` can: this processor has the product and those of both gradients."""
-    if not usable(a, b):
+def multiplies(spec: str, a: jax.Array, b: jax.Array, gradients: bool = True) -> bool:
+    """Whether `einsum` can: this processor has the product and, if asked, both gradients'."""
+    if not usable(a, b) or not _possible(_product(spec, a.shape, b.shape, a.dtype.name)):
         return False
+    if not gradients:
+        return True
     left, right, out = _terms(spec)
     y = jax.eval_shape(partial(jnp.einsum, spec), a, b)
     name = a.dtype.name
-    return (
-        _possible(_product(spec, a.shape, b.shape, name))
-        and _possible(_product(f"{out},{right}->{left}", y.shape, b.shape, name))
-        and _possible(_product(f"{left},{out}->{right}", a.shape, y.shape, name))
+    return _possible(_product(f"{out},{right}->{left}", y.shape, b.shape, name)) and _possible(
+        _product(f"{left},{out}->{right}", a.shape, y.shape, name)
     )
 
 
@@ -243,8 +247,7 @@ def _terms(spec: str) -> tuple[str, str, str]:
 
 def _call(about: dict[str, Any], *arrays: jax.Array, out: Any) -> Any:
     """Runs an operation; `out` is like the result: an array, (shape, dtype), or a list of them."""
-    if _library() is None:
-        raise UserError(f"oneDNN is not here, or JAXECO_ONEDNN=off: pip install {PACKAGE}")
+    assert _library() is not None, "ask first whether it is usable"
     like = [
         jax.ShapeDtypeStruct(tuple(one[0]), one[1]) if isinstance(one, tuple) else one
         for one in (out if isinstance(out, list) else [out])
@@ -268,7 +271,7 @@ def _possible(about: dict[str, Any]) -> bool:
 FORWARD, BACKWARD, DIRECT, SCALE_SHIFT = 64, 128, 1, 2 | 4  # dnnl_types.h
 SRC, DST, WEIGHTS, DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 1, 17, 33, 129, 145, 161
 MEAN, VARIANCE, SCALE, SHIFT, DIFF_SCALE, DIFF_SHIFT = 49, 50, 51, 52, 255, 256
-QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS = 131, 132
+QUERY_NAME, QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS = 8, 131, 132
 DTYPES = {"bfloat16": 2, "float32": 3}
 UNIMPLEMENTED = 3
 ANY = 1  # dnnl_format_tag_any
@@ -294,6 +297,8 @@ class _Library:
             ctypes.cast(_handler, c_void_p), b"xla._CUSTOM_CALL_TARGET", None
         )
         jax.ffi.register_ffi_target(TARGET, capsule, platform="cpu")
+        # A step in flight calls Python, which must still be there.
+        atexit.register(lambda: jax.block_until_ready(jax.live_arrays()))
 
     def do(self, name: str, *args: Any) -> None:
         """Calls dnnl_<name>; raises NotImplementedError or RuntimeError for a status not 0."""
@@ -306,14 +311,25 @@ class _Library:
 
 @cache
 def _library() -> _Library | None:
-    if "JAXECO_ONEDNN" in os.environ and os.environ["JAXECO_ONEDNN"] == "off":
+    setting = os.environ["JAXECO_ONEDNN"] if "JAXECO_ONEDNN" in os.environ else "on"
+    if setting not in ("on", "off"):
+        raise UserError(f"JAXECO_ONEDNN={setting}: expected on or off")
+    if setting == "off" or not runtime.tried_jaxlib():
         return None
     try:
         package = distribution(PACKAGE)
     except PackageNotFoundError:
         return None
-    files = [file for file in package.files or () if file.name == "libdnnl.so.3"]
-    return _Library(str(package.locate_file(files[0]))) if files else None
+    for file in package.files or ():
+        if file.name == "libdnnl.so.3":
+            try:
+                return _Library(str(package.locate_file(file)))
+            except OSError as error:  # slim systems lack libgomp.so.1
+                raise UserError(
+                    f"oneDNN cannot be loaded: {error}; install what is missing (libgomp.so.1 is "
+                    f"in the system's package libgomp1), or pip uninstall {PACKAGE}"
+                ) from error
+    return None
 
 
 class _Argument(Structure):
@@ -333,7 +349,7 @@ class _Operation:
         kind = about.pop("kind")
         if kind == "product":
             self.memories, self.steps = self._product(**about)
-        elif kind in ("norm", "norm_backward"):
+        elif kind in ("batch_norm", "batch_norm_dx"):
             self.memories, self.steps = self._norm(kind, **about)
         else:
             self.memories, self.steps = self._convolution(kind, **about)
@@ -359,7 +375,7 @@ class _Operation:
         )
         roles: tuple[int, ...] = (SRC, SCALE, SHIFT, DST, MEAN, VARIANCE)
         whole: tuple[int, ...] = (SRC, DST)
-        if kind == "norm_backward":
+        if kind == "batch_norm_dx":
             described = self._described(
                 "batch_normalization_backward",
                 *(BACKWARD, layout, layout, layout, number, SCALE_SHIFT, described, None),
@@ -399,11 +415,11 @@ class _Operation:
             *(FORWARD, DIRECT, x_layout, any_layout, None, y_layout, *geometry, None),
         )
         query, roles = QUERY_WEIGHTS, (SRC, WEIGHTS, DST)
-        if kind == "backward_data":
+        if kind == "convolution_dx":
             arguments = (DIRECT, x_layout, any_layout, y_layout, *geometry, described, None)
             described = self._described("convolution_backward_data", *arguments)
             roles = (DIFF_SRC, WEIGHTS, DIFF_DST)
-        elif kind == "backward_weights":
+        elif kind == "convolution_dkernel":
             arguments = (DIRECT, x_layout, any_layout, None, y_layout, *geometry, described, None)
             described = self._described("convolution_backward_weights", *arguments)
             query, roles = QUERY_DIFF_WEIGHTS, (SRC, DIFF_WEIGHTS, DIFF_DST)
@@ -412,11 +428,11 @@ class _Operation:
         chosen = self._memory(chosen_layout, ALLOCATE)
         x_memory, kernel_memory, y_memory = map(self._memory, (x_layout, kernel_layout, y_layout))
         main = self._step(described, roles, (x_memory, chosen, y_memory))
-        if kind == "backward_weights":
+        if kind == "convolution_dkernel":
             back = self._reorder(chosen_layout, kernel_layout, chosen, kernel_memory)
             return (x_memory, y_memory, kernel_memory), [main, back]
         there = self._reorder(kernel_layout, chosen_layout, kernel_memory, chosen)
-        if kind == "backward_data":
+        if kind == "convolution_dx":
             return (y_memory, kernel_memory, x_memory), [there, main]
         return (x_memory, kernel_memory, y_memory), [there, main]
 
@@ -439,6 +455,10 @@ class _Operation:
         described = c_void_p()
         create = f"{name}_primitive_desc_create"
         self.library.do(create, byref(described), self.library.engine, *arguments)
+        way = c_char_p()
+        self.library.do("primitive_desc_query", described, QUERY_NAME, 0, byref(way))
+        if (way.value or b"ref").startswith(b"ref"):
+            raise NotImplementedError(f"oneDNN has only plain loops for this {name}")
         return described
 
     def _step(

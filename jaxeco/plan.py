@@ -186,7 +186,7 @@ def plan(ex: Experiment, devices: Sequence[jax.Device] | None = None) -> Plan:
     return plan
 
 
-def shapes(data: Dataset, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes(data: Dataset, examples: int, training: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a batch of `data` as a step is given it."""
     fields = {
         name: jax.ShapeDtypeStruct(
@@ -194,7 +194,8 @@ def shapes(data: Dataset, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
         )
         for name, field in data.fields.items()
     }
-    numbers = {name: jax.ShapeDtypeStruct((examples,), jnp.int32) for name in ("index", "epoch")}
+    whose = ("index", "epoch") if training else ("index",)
+    numbers = {name: jax.ShapeDtypeStruct((examples,), jnp.int32) for name in whose}
     return fields | numbers | {"mask": jax.ShapeDtypeStruct((examples,), jnp.float32)}
 
 
@@ -237,7 +238,7 @@ def check(plan: Plan) -> None:
             jax.eval_shape(plan.step, state, shapes(plan.train, ex.batch))
             for name, data in plan.evals.items():
                 evaluate = partial(eval_step, ex, views=views_of(ex, name))
-                jax.eval_shape(evaluate, *model, shapes(data, ex.eval_batch))
+                jax.eval_shape(evaluate, *model, shapes(data, ex.eval_batch, training=False))
     except ValueError as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if Path(raised_in).is_relative_to(Path(__file__).parent):  # one of our components says so

@@ -14,7 +14,7 @@ from pathlib import Path
 # which leaves it so, is slower in scripts/bench.py; so nothing is handed to it. An XLA that does
 # not know a flag ends the process, so the flag is set only where it has been tried.
 CPU_FLAGS = {"--xla_cpu_experimental_ynn_fusion_type": ""}
-CPU_FLAGS_TRIED_FROM, CPU_FLAGS_TRIED_BELOW = (0, 10), (0, 13)  # versions of jaxlib
+TRIED_FROM, TRIED_BELOW = (0, 10), (0, 13)  # versions of jaxlib
 
 
 def cache_dir() -> Path:
@@ -27,11 +27,18 @@ def cache_dir() -> Path:
         return Path(tempfile.gettempdir()) / f"jaxeco-{os.getuid()}"
 
 
+def tried_jaxlib() -> bool:
+    """Whether what depends on the insides of jaxlib has been tried with the one installed."""
+    jaxlib = tuple(int(part) for part in version("jaxlib").split(".")[:2])
+    return TRIED_FROM <= jaxlib < TRIED_BELOW
+
+
 def restart_with_huge_pages() -> None:
     """Starts this process anew, once, with memory in large pages, where Linux asks programs.
 
     The C library takes them if its environment says so at its start. Each step on a CPU takes new
-    memory for all that lies between its operations, and in pages of 4 KiB that takes long.
+    memory for all that lies between its operations, and in pages of 4 KiB that takes long. A
+    GLIBC_TUNABLES of the user's, be it empty, leaves all as it is.
     """
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if (
@@ -52,8 +59,7 @@ def configure(fake_devices: int | None = None) -> None:
     """
     assert "jax" not in sys.modules, "runtime.configure() must run before jax is imported"
     flags: dict[str, str] = {}
-    jaxlib = tuple(int(part) for part in version("jaxlib").split(".")[:2])
-    if CPU_FLAGS_TRIED_FROM <= jaxlib < CPU_FLAGS_TRIED_BELOW:
+    if tried_jaxlib():
         flags |= CPU_FLAGS
     if fake_devices is not None:
         flags["--xla_force_host_platform_device_count"] = str(fake_devices)

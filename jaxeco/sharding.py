@@ -26,8 +26,12 @@ KERNELS: Mapping[str, Names] = {r"(.*/)?kernel": ("in", "out")}
 
 def logical_axes(model: Any) -> Mapping[str, Names]:
     """What the axes of a model's parameters are, by pattern; the first that fits counts."""
-    inner = getattr(model, "model", model)  # of Lora
-    return {**getattr(inner, "logical_axes", {}), **KERNELS}
+    return {**getattr(inner(model), "logical_axes", {}), **KERNELS}
+
+
+def inner(model: Any) -> Any:
+    """The model that says how its parameters are to be treated: not Lora, but what it wraps."""
+    return getattr(model, "model", model)
 
 
 def shardings(state: Any, model: Any, mesh: Mesh) -> Any:

@@ -280,7 +280,9 @@ def parse(text: str) -> dict[str, Instruction]:
     def kind(name: str) -> str:
         opcode, rest = found[name]
         if opcode == "custom-call" and (target := re.search(r'custom_call_target="([^"]*)"', rest)):
-            return target[1].strip("_")
+            # our own calls say what they are (onednn.py)
+            what = re.search(r"\\22kind\\22: \\22(\w+)", rest)
+            return what[1] if what else target[1].strip("_")
         called = re.search(r"calls=%?([\w.-]+)", rest)
         if opcode != "fusion" or called is None:
             return opcode

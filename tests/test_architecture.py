@@ -19,8 +19,8 @@ FLOORS = [
     ["config"],
     ["experiment"],
     ["optim", "data", "models", "losses", "ranking", "ondisk"],
-    ["metrics", "schedules", "sharding"],
-    "axes culprit description hosts onednn runtime storage timeline trees".split(),
+    ["metrics", "onednn", "schedules", "sharding"],
+    "axes culprit description hosts runtime storage timeline trees".split(),
     ["errors"],
 ]
 HEIGHT = {name: -floor for floor, names in enumerate(FLOORS) for name in names}

@@ -49,7 +49,8 @@ def attend(
     q_BxGxRxTxK = (q_BxTxHxK * K**-0.5).reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4)
     if chosen == "written":
         if allowed_BxTxS is not None:
-            allowed_BxTxS = jnp.tile(allowed_BxTxS, (1, R, 1))
+            rows, _, S = allowed_BxTxS.shape
+            allowed_BxTxS = jnp.tile(jnp.broadcast_to(allowed_BxTxS, (rows, T, S)), (1, R, 1))
         o_BxGxRTxK = written.attention(
             q_BxGxRxTxK.reshape(B, G, R * T, K), k_BxGxSxK, v_BxGxSxK, allowed_BxTxS
         )

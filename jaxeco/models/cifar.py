@@ -74,7 +74,7 @@ class Airbench(nn.Module):
     momentum: float = 0.6
 
     # Whitening tells neighbouring pixels apart, which in 8 bits are often the same.
-    float32 = "stem/.*"
+    kept_float32 = "stem/.*"
 
     def __post_init__(self) -> None:
         check_count("num_classes", self.num_classes)

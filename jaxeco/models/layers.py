@@ -21,7 +21,7 @@ from jaxeco import axes, onednn
 
 Initializer = Callable[..., jax.Array]
 Activation = Literal["relu", "sigmoid", "tanh", "gelu"]
-ConvMethod = Literal["auto", "xla", "matmul", "onednn"]
+ConvMethod = Literal["auto", "xla", "matmul"]
 Sides = tuple[int, int]
 Padding = Literal["SAME", "VALID"] | int | tuple[Sides, Sides]
 
@@ -145,9 +145,8 @@ class Conv(nn.Module):
       times the memory of the input. On CPU it is faster for the few channels of an image, and many
       times so inside `lax.scan`, where XLA's convolution leaves its fast path. It also remains a
       matrix product under `vmap` over kernels, where "xla" becomes a slow grouped convolution.
-    - "onednn": by that library, on a CPU, where it is installed (`jaxeco/onednn.py`).
     - "auto": on CPU "matmul" where a patch holds at most 32 numbers (a 3x3 kernel on an RGB image);
-      otherwise "onednn" where it can, else "xla".
+      otherwise oneDNN's where that is installed (`jaxeco/onednn.py`), else "xla".
 
     Attributes:
       features: F.
@@ -195,8 +194,8 @@ class Conv(nn.Module):
         thin = jax.default_backend() == "cpu" and math.prod(self.kernel_size) * c <= 32
         if self.method == "matmul" or (self.method == "auto" and thin):
             y_BxHxWxF = _convolve_by_matmul(x_BxHxWxC, kernel_IxJxCxF, self.stride, pads)
-        elif self.method == "onednn" or (
-            self.method == "auto" and onednn.convolves(x_BxHxWxC, kernel_IxJxCxF, self.stride, pads)
+        elif self.method == "auto" and onednn.convolves(
+            x_BxHxWxC, kernel_IxJxCxF, self.stride, pads
         ):
             y_BxHxWxF = onednn.convolve(x_BxHxWxC, kernel_IxJxCxF, self.stride, pads)
         else:

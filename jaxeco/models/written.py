@@ -102,7 +102,7 @@ def _norm_backward(
     dy = dy.astype(rate.dtype)
     unit = (x - middle) * rate
     along = dy * unit
-    share_D = (scale_D / x.shape[-1]).astype(rate.dtype)
+    share_D = scale_D.astype(rate.dtype) / x.shape[-1]
     dx = dy * scale_D - unit * _sums(along, share_D)
     if centred:
         dx = dx - _sums(dy, share_D)
@@ -133,10 +133,10 @@ def attention(
 def _products(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any = None) -> jax.Array:
     """For each of [B, G] a matrix product, summed over these axes of a and b.
 
-    By oneDNN where it is installed: XLA takes one core for all of them.
+    By oneDNN where it is installed and `dtype` is that of a: XLA takes one core for all of them.
     """
     spec = {(3, 3): "bgmk,bgsk->bgms", (3, 2): "bgms,bgsk->bgmk", (2, 2): "bgms,bgmk->bgsk"}[over]
-    if dtype in (None, a.dtype) and onednn.multiplies(spec, a, b):
+    if dtype in (None, a.dtype) and onednn.multiplies(spec, a, b, gradients=False):
         return onednn.einsum(spec, a, b)
     dimensions = (((over[0],), (over[1],)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
