@@ -9,6 +9,7 @@ import pytest
 from jaxeco import run
 from jaxeco.data import load_tokenizer
 from jaxeco.errors import UserError
+from jaxeco.folder import changes
 from jaxeco.log import read_metrics
 
 TEXT = """
@@ -139,3 +140,11 @@ def test_a_classifier_leaves_curves(tmp_path: Path, capsys: pytest.CaptureFixtur
         line["roc_auc"] for line in read_metrics(folder) if "roc_auc" in line
     )
     assert f"test/roc_auc  {result['best']['test/roc_auc']:.4f}" in capsys.readouterr().out
+
+
+def test_what_has_changed_since_a_session() -> None:
+    before = {"versions": {"jax": "1", "flax": None}, "code": {"jaxeco": "a"}}
+    assert changes(before, before) == []
+    with_library = {"versions": {"jax": "1", "oneDNN": "3.2"}, "code": {"jaxeco": "b"}}
+    assert changes(before, with_library) == ["oneDNN", "jaxeco"]  # a name of today, in old records
+    assert changes(with_library, before) == ["oneDNN", "jaxeco"]

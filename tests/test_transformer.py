@@ -221,9 +221,11 @@ def test_scanned_and_rematerialised_layers_compute_the_same() -> None:
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4)
 
 
-def test_a_translator_reads_its_source_but_not_the_padding() -> None:
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_a_translator_reads_its_source_but_not_the_padding(kv_heads) -> None:
     model = EncoderDecoder(
-        encoder=trunk(causal=False, pad=1), decoder=trunk(cross=True, positions="rotary")
+        encoder=trunk(causal=False, pad=1),
+        decoder=trunk(cross=True, positions="rotary", kv_heads=kv_heads),
     )
     source = jnp.where(TOKENS_2x9 == 1, 2, TOKENS_2x9)
     x = {"source": source, "target": TOKENS_2x9[:, :5]}
