@@ -1,10 +1,14 @@
-"""CIFAR-10 in a few epochs: the recipe of airbench94, with Muon (Jordan 2024), in full.
+"""CIFAR-10 in a few epochs: the recipe of airbench94, with Muon (Jordan 2024).
 
     python -m jaxeco.run experiments/cifar_speedrun.py seed=0    # and seed=1, seed=2
 
-The test images are measured as they are, "test", and in six views each, "views", whose outputs are
-averaged; both at the end alone, since they take time. github.com/KellerJordan/cifar10-airbench has
-the original. No result is claimed yet.
+Test accuracy 91.11 ± 0.10 % in six views ("views"; 91.13, 91.00, 91.19) and 89.99 ± 0.34 % as the
+images are ("test"; mean ± sd, n = 3 seeds), on a copy of CIFAR-10 whose images went through JPEG
+(quality 75), which lowers accuracies. 18.6, 17.6 and 17.5 minutes from the start to the end of the
+process, on a 2-core CPU with JAX 0.10.2 and oneDNN ('.[cpu]'), beside other work of low priority.
+
+github.com/KellerJordan/cifar10-airbench has the original. Here it is ten epochs, not eight, and
+bfloat16 (but for the stem), not float16. Both evaluations come at the end alone: they take time.
 """
 
 from jaxeco import data, losses, metrics, models, optim, schedules
