@@ -19,9 +19,6 @@ from flax.linen.dtypes import promote_dtype
 
 from jaxeco.models.layers import Activation, activate
 
-# How many examples' patches are made at a time: those of 8 CIFAR images stay in a core's cache.
-MOST_AT_ONCE = 8
-
 
 def fits(height: int, width: int, kernel_sizes: Sequence[int]) -> bool:
     """Whether `convolve_and_pool` takes such images: odd kernels, each of which sees even sides."""
@@ -51,23 +48,10 @@ def convolve_and_pool(
     x_BxHxWxC, *flat = promote_dtype(x_BxHxWxC, *flat, dtype=None)
     kernels, biases = [_over_blocks(kernel) for kernel in flat[::2]], flat[1::2]
 
-    def run(x_BxHxWxC: jax.Array) -> jax.Array:
-        x_CxHxWxB = x_BxHxWxC.transpose(3, 1, 2, 0)
-        for kernel, bias_F in zip(kernels, biases, strict=True):
-            x_CxHxWxB = _layer(x_CxHxWxB, kernel, bias_F, activation)
-        return x_CxHxWxB.transpose(3, 1, 2, 0)
-
-    b = len(x_BxHxWxC)
-    at_once = _at_once(b)
-    if at_once == b:
-        return run(x_BxHxWxC)
-    groups = jax.lax.map(run, x_BxHxWxC.reshape(-1, at_once, *x_BxHxWxC.shape[1:]))
-    return groups.reshape(b, *groups.shape[2:])
-
-
-def _at_once(examples: int) -> int:
-    """The largest divisor of `examples` from 4 to MOST_AT_ONCE, or all of them."""
-    return next((n for n in range(MOST_AT_ONCE, 3, -1) if examples % n == 0), examples)
+    x_CxHxWxB = x_BxHxWxC.transpose(3, 1, 2, 0)
+    for kernel, bias_F in zip(kernels, biases, strict=True):
+        x_CxHxWxB = _layer(x_CxHxWxB, kernel, bias_F, activation)
+    return x_CxHxWxB.transpose(3, 1, 2, 0)
 
 
 def _over_blocks(kernel_IxIxCxF: jax.Array) -> jax.Array:
