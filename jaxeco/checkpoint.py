@@ -577,13 +577,27 @@ def _leaves(value: Any, name: str = "") -> dict[str, Any]:
     }
 
 
+# Fields that came after some checkpoints had been written, and what they say of these.
+LATER = {"until": 1.0, "averaged": True, "gradients": "auto"}
+
+
+def _came_later(name: str, value: Any) -> bool:
+    field = name.rpartition(".")[2]
+    return field in LATER and LATER[field] == value
+
+
 def _refuse(what: str, held: Any, asked: Any, advice: str, most: int = 8) -> None:
     """Raises UserError if the two differ: one line for each leaf that does, at most `most`.
 
-    None is as good as absent: a checkpoint does not know of options that came after it.
+    None is as good as absent, and so is what a field says in LATER: a checkpoint does not know of
+    options that came after it.
     """
     ours, theirs = (
-        {name: leaf for name, leaf in _leaves(tree).items() if leaf is not None}
+        {
+            n: leaf
+            for n, leaf in _leaves(tree).items()
+            if leaf is not None and not _came_later(n, leaf)
+        }
         for tree in (asked, held)
     )
     missing = "has none"

@@ -142,6 +142,7 @@ class Stack(nn.Module, kw_only=True):
             return jax.default_backend() == "cpu"
         return self.gradients == "written"
 
+    @nn.nowrap  # a part of whoever calls it
     def normed(self, name: str | None = None, kind: Norm | None = None) -> nn.Module:
         """This stack's norm, or one of another kind, which has no bias."""
         bias = self.bias and kind is None

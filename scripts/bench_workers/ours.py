@@ -10,7 +10,8 @@ from serve import WORKLOAD, serve
 
 from jaxeco import config, runtime
 
-runtime.restart_with_huge_pages()  # as every command of jaxeco
+if __name__ == "__main__":
+    runtime.restart_with_huge_pages()  # as every command of jaxeco
 runtime.configure()
 
 import flax
