@@ -248,6 +248,8 @@ def _terms(spec: str) -> tuple[str, str, str]:
 def _call(about: dict[str, Any], *arrays: jax.Array, out: Any) -> Any:
     """Runs an operation; `out` is like the result: an array, (shape, dtype), or a list of them."""
     assert _library() is not None, "ask first whether it is usable"
+    wide = ("batch_norm", "batch_norm_dx")  # these take vectors in float32, too
+    assert about["kind"] in wide or {a.dtype.name for a in arrays} == {about["dtype"]}
     like = [
         jax.ShapeDtypeStruct(tuple(one[0]), one[1]) if isinstance(one, tuple) else one
         for one in (out if isinstance(out, list) else [out])
@@ -297,8 +299,7 @@ class _Library:
             ctypes.cast(_handler, c_void_p), b"xla._CUSTOM_CALL_TARGET", None
         )
         jax.ffi.register_ffi_target(TARGET, capsule, platform="cpu")
-        # A step in flight calls Python, which must still be there.
-        atexit.register(lambda: jax.block_until_ready(jax.live_arrays()))
+        atexit.register(_finish)
 
     def do(self, name: str, *args: Any) -> None:
         """Calls dnnl_<name>; raises NotImplementedError or RuntimeError for a status not 0."""
@@ -307,6 +308,14 @@ class _Library:
             raise NotImplementedError(f"oneDNN has no {name} for this")
         if status:
             raise RuntimeError(f"oneDNN's {name} failed with status {status}")
+
+
+def _finish() -> None:
+    """Waits for what is in flight: it calls Python, which must still be there.
+
+    A computation on the same device comes after all others, also those whose results are dropped.
+    """
+    jax.block_until_ready((jax.live_arrays(), jax.jit(jnp.negative)(jnp.ones(8))))
 
 
 @cache
@@ -557,8 +566,8 @@ METADATA, INTERNAL = 1, 13
 @ctypes.CFUNCTYPE(c_void_p, POINTER(_Frame))
 def _handler(pointer: Any) -> int | None:
     """Runs the operation that the attribute describes; returns an error of XLA's, or nothing."""
-    frame = pointer.contents
     try:
+        frame = pointer.contents
         if frame.extension and frame.extension.contents.base.type == METADATA:
             version = frame.extension.contents.metadata.contents.version
             version.major, version.minor = 0, 1
@@ -572,4 +581,4 @@ def _handler(pointer: Any) -> int | None:
     except BaseException as error:  # nothing may pass into XLA but as its own error
         message = f"{type(error).__name__}: {error}".encode()
         create = _CreateError(ctypes.sizeof(_CreateError), None, message, INTERNAL)
-        return frame.api.contents.create_error(create)
+        return pointer.contents.api.contents.create_error(create)

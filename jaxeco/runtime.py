@@ -40,12 +40,12 @@ def restart_with_huge_pages() -> None:
     memory for all that lies between its operations, and in pages of 4 KiB that takes long. A
     GLIBC_TUNABLES of the user's, be it empty, leaves all as it is.
     """
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if (
-        "GLIBC_TUNABLES" in os.environ
-        or not setting.exists()
-        or "[madvise]" not in setting.read_text()
-    ):
+    try:
+        asked = "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:  # not Linux, or a container that hides it
+        asked = False
+    traced = sys.gettrace() is not None  # a debugger would lose its way
+    if not asked or traced or not sys.executable or "GLIBC_TUNABLES" in os.environ:
         return
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

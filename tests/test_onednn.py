@@ -299,3 +299,26 @@ def test_a_command_starts_itself_anew_with_huge_pages_once():
     assert tunables == ("glibc.malloc.hugetlb=1" if madvise else "None")
     assert rest.split() == ["['two", "words',", "'--x=1']", str(pid)]
     assert run(GLIBC_TUNABLES="own")[0][0] == "own"
+
+
+LEAVES = """
+import sys
+from jaxeco import runtime
+runtime.configure()
+import jax, jax.numpy as jnp
+from jaxeco import onednn
+x, k = jnp.ones((4, 16, 16, 32)), jnp.ones((3, 3, 32, 32)) / 300
+assert onednn.usable(x)
+conv = lambda i, x: onednn.convolve(x, k, 1, ((1, 1), (1, 1)))
+many = jax.jit(lambda x: jax.lax.fori_loop(0, 300, conv, x)).lower(x).compile()
+kept = many(x) if sys.argv[1] == "kept" else None
+many(x)
+raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("result", ["kept", "dropped"])
+def test_a_process_that_ends_waits_for_what_is_in_flight(result):
+    command = [sys.executable, "-c", LEAVES, result]
+    run = subprocess.run(command, env=dict(os.environ, XLA_FLAGS=""), timeout=120)
+    assert run.returncode == 3

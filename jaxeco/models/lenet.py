@@ -39,7 +39,8 @@ class LeNet(nn.Module):
         zero.
       conv: how to convolve, see `Conv`; or "blocks": with the pooling, see `thin`. "auto" is
         "blocks" on CPU, where the sides are multiples of 4 and one device has the whole batch or a
-        shard of its own; otherwise "matmul". The results are the same up to rounding.
+        shard of its own; otherwise "matmul". The results are the same up to rounding; a run of
+        before "auto" goes on with model.conv=matmul.
     """
 
     num_classes: int = 10
