@@ -66,7 +66,7 @@ def experiment(
         ),
         batch=batch,
         length=Epochs(epochs),
-        precision="bfloat16",  # twice as fast as float32 on a CPU with oneDNN: '.[cpu]'
+        precision="bfloat16",  # faster on a CPU with oneDNN, '.[cpu]': docs/benchmarks.md
         eval_batch=250,  # six views of each: as many images as in training
         eval_every=Epochs(epochs),
         save_every=Epochs(5),
