@@ -8,9 +8,9 @@ has, on one that multiplies bfloat16 (AVX-512 BF16 or AMX); in float32 the gain 
 XLA calls a handler of ours through its foreign function interface (xla/ffi/api/c_api.h, whose
 structures are written out below), with buffers and a text that describes the operation; the handler
 calls oneDNN's C interface (oneapi-src.github.io/oneDNN). All of that through ctypes, so nothing is
-compiled; a call costs some microseconds, more while Python is busy. A partitioner knows nothing of such
-calls, so they are for one device. They have no second derivative and none in forward mode; under
-`vmap` they run one after another.
+compiled; a call costs some microseconds, more while Python is busy. A partitioner knows nothing of
+such calls, so they are for one device. They have no second derivative and none in forward mode;
+under `vmap` they run one after another.
 """
 
 import atexit
