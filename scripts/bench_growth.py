@@ -372,9 +372,8 @@ def start() -> Iterator[Curve]:
             for count in counts:
                 said(f"start-up with {count} images, round {turn + 1}")
                 cache = Path(name) / "cache"
-                cached = {kind: sources[count][kind] for kind in ("Tfds", "TextWindows")}
-                for use, which in ("first", cached), ("later", sources[count]):
-                    for kind, value in opening(which, cache).items():
+                for use in ("first", "later"):
+                    for kind, value in opening(sources[count], cache).items():
                         found[kind, use, count].append(value)
                 shutil.rmtree(cache)
     sizes = tuple(count * SIDE * SIDE * 3 / MIB for count in counts)

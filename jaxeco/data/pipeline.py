@@ -372,6 +372,8 @@ def _whole(dataset: Dataset) -> dict[int, np.ndarray]:
     decoded = {key: field for key, field in wholes.items() if not isinstance(field, np.ndarray)}
     names = {str(number): key for number, key in enumerate(decoded)}
     layout = {name: (decoded[key].shape, decoded[key].dtype) for name, key in names.items()}
+    if not decoded:
+        return {key: _host(array) for key, array in wholes.items()}
     chunks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // 64))
 
     def blocks() -> Iterator[dict[str, np.ndarray]]:
@@ -379,10 +381,10 @@ def _whole(dataset: Dataset) -> dict[int, np.ndarray]:
             for values in pool.map(partial(read, decoded), chunks):
                 yield {name: values[key] for name, key in names.items()}
 
-    if decoded and dataset.keep:
+    if dataset.keep:
         kept, _ = cached(f"whole-{dataset.fingerprint}", dataset.fingerprint, layout, blocks)
         wholes |= {key: kept[name] for name, key in names.items()}
-    elif decoded:
+    else:
         wholes |= {key: np.empty(field.shape, field.dtype) for key, field in decoded.items()}
         for rows, block in zip(chunks, blocks(), strict=True):
             for name, values in block.items():
