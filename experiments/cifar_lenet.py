@@ -11,7 +11,12 @@ images went through JPEG (quality 75), which lowers accuracies; 45 s a run, star
 """
 
 from jaxeco import data, losses, metrics, models, optim
+from jaxeco.claims import Claim
 from jaxeco.experiment import Epochs, Experiment, Steps
+
+CLAIMS = (
+    Claim("test/accuracy", 0.523, 0.032, n=3, data="JPEG copy", takes="45 s", device="2-core CPU"),
+)
 
 
 def experiment(

@@ -11,8 +11,17 @@ github.com/KellerJordan/cifar10-airbench has the original. Here it is ten epochs
 bfloat16 (but for the stem), not float16. Both evaluations come at the end alone: they take time.
 """
 
+from functools import partial
+
 from jaxeco import data, losses, metrics, models, optim, schedules
+from jaxeco.claims import Claim
 from jaxeco.experiment import Epochs, Experiment, Steps
+
+claim = partial(Claim, n=3, data="JPEG copy", takes="18 min", device="2-core CPU with oneDNN")
+CLAIMS = (
+    claim("views/accuracy", 0.9111, 0.0010),
+    claim("test/accuracy", 0.8999, 0.0034),
+)
 
 
 def experiment(

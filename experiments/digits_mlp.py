@@ -7,7 +7,10 @@ JAX 0.10.2. The test set has 360 digits, so that one of them is 0.28 %.
 """
 
 from jaxeco import data, losses, metrics, models, optim, schedules
+from jaxeco.claims import Claim
 from jaxeco.experiment import Epochs, Experiment, Steps
+
+CLAIMS = (Claim("test/accuracy", 0.9731, 0.0016, n=3, takes="7 s", device="2-core CPU"),)
 
 
 def experiment(

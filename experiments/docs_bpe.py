@@ -9,7 +9,15 @@ The text differs a little between versions of Python: this was 3.11's.
 """
 
 from jaxeco import data, losses, metrics, models, optim, schedules
+from jaxeco.claims import Claim
 from jaxeco.experiment import Epochs, Experiment, Steps
+
+CLAIMS = (
+    Claim(
+        "test/loss", 3.857, 0.011, n=3, unit="nats a token", takes="3-6 min", device="2-core CPU"
+    ),
+    Claim("test/bits_per_byte", 1.715, 0.005, n=3, takes="3-6 min", device="2-core CPU"),
+)
 
 VOCABULARY = 2048
 

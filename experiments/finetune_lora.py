@@ -9,11 +9,21 @@ On 401 docstrings held out, at the best of 8 evaluations (mean ± sd, n = 3 seed
 """
 
 import dataclasses
+from functools import partial
 
 from finetune_classifier import experiment as base
 
 from jaxeco import models, optim, schedules
+from jaxeco.claims import Claim
 from jaxeco.experiment import Experiment
+
+claim = partial(
+    Claim, n=3, at="best", after="start=docs_bpe.py", takes="1.2 min", device="2-core CPU"
+)
+CLAIMS = (
+    claim("test/macro_f1", 0.726, 0.016),
+    claim("test/accuracy", 0.751, 0.013),
+)
 
 
 def experiment(

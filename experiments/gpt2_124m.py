@@ -13,6 +13,8 @@ from typing import Literal
 from jaxeco import data, losses, metrics, models, optim, schedules
 from jaxeco.experiment import Experiment, Steps
 
+CLAIMS = ()  # none
+
 
 def experiment(
     data_set: Literal["wiki40b/en", "lm1b", "tiny_shakespeare"] = "wiki40b/en",  # of tfds

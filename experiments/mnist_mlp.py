@@ -7,7 +7,10 @@ with JAX 0.10.2.
 """
 
 from jaxeco import data, losses, metrics, models, optim, schedules
+from jaxeco.claims import Claim
 from jaxeco.experiment import Epochs, Experiment, Steps
+
+CLAIMS = (Claim("test/accuracy", 0.9824, 0.0009, n=3, takes="12 s", device="2-core CPU"),)
 
 
 def experiment(

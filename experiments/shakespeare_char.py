@@ -12,7 +12,20 @@ with twice its learning rate. The setting for a GPU is untried.
 from typing import Literal, NamedTuple
 
 from jaxeco import data, losses, metrics, models, optim, schedules
+from jaxeco.claims import Claim
 from jaxeco.experiment import Experiment, Steps
+
+CLAIMS = (
+    Claim(
+        "valid/loss",
+        1.803,
+        0.011,
+        n=3,
+        unit="nats a character",
+        takes="1.5 min",
+        device="2-core CPU",
+    ),
+)
 
 
 class Setting(NamedTuple):

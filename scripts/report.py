@@ -16,8 +16,12 @@ def write_section(path: Path | str, name: str, markdown: str) -> None:
     Raises:
       UserError: not exactly one such pair of markers stands there.
     """
-    path = Path(path)
-    text = path.read_text()
+    Path(path).write_text(with_section(path, name, markdown))
+
+
+def with_section(path: Path | str, name: str, markdown: str) -> str:
+    """What the file would be after `write_section`."""
+    text = Path(path).read_text()
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     sections = list(re.finditer(f"^{begin}$.*?^{end}$", text, re.DOTALL | re.MULTILINE))
     if len(sections) != 1 or text.count(begin) != 1 or text.count(end) != 1:
@@ -27,4 +31,4 @@ def write_section(path: Path | str, name: str, markdown: str) -> None:
         )
     (section,) = sections
     written = f"{begin}\n\n{markdown.strip()}\n\n{end}"
-    path.write_text(text[: section.start()] + written + text[section.end() :])
+    return text[: section.start()] + written + text[section.end() :]
