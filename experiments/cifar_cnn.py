@@ -16,8 +16,8 @@ from jaxeco.experiment import Epochs, Experiment, Steps
 
 claim = partial(Claim, data="JPEG copy", takes="9 min", device="2-core CPU")
 CLAIMS = (
-    claim("test/accuracy", 0.8574, 0.0007, n=3, words=("batch=500",)),
     claim("test/accuracy", 0.8614, n=1, tolerance=0.005),
+    claim("test/accuracy", 0.8574, 0.0007, n=3, words=("batch=500",)),
 )
 
 

@@ -130,6 +130,7 @@ def compare(
         raise ValueError(f"{len(x_N)} and {len(y_M)} values are no pairs")
     n, difference = (len(x_N), len(y_M)), float(y_M.mean() - x_N.mean())
     scale = float(max(abs(x_N).max(), abs(y_M).max()))
+    error: tuple[float, float] | None
     if paired:
         sd = _sd(y_M - x_N, scale)
         error = (sd / math.sqrt(n[0]), n[0] - 1) if n[0] > 1 else None

@@ -39,16 +39,21 @@ def rows(file: Path) -> list[str]:
 
 
 def row(name: str, what: str, claims: list[Claim]) -> str:
-    results = "; ".join(said(claim) for claim in claims)
+    results = "; ".join(
+        ", ".join(map(said, group)) + f" ({notes})" for notes, group in groupby(claims, noted)
+    )
     takes = ", ".join(dict.fromkeys(f"{c.takes} on a {c.device}".strip() for c in claims))
     return f"| {name} | {what} | {results} | {takes} |"
 
 
 def said(claim: Claim) -> str:
     split, _, metric = claim.metric.partition("/")
-    unit = f" {claim.unit}" * bool(claim.unit)
-    notes = [f"n = {claim.n}", *["at its best"] * (claim.at == "best"), *filter(None, [claim.data])]
-    return f"{split} {metric.replace('_', ' ')} {claim.value}{unit} ({', '.join(notes)})"
+    return f"{split} {metric.replace('_', ' ')} {claim.value} {claim.unit}".rstrip()
+
+
+def noted(claim: Claim) -> str:
+    best = "at the best step" if claim.at == "best" else ""
+    return ", ".join(filter(None, [f"n = {claim.n}", best, claim.data]))
 
 
 def main(words: list[str]) -> int:
