@@ -30,8 +30,11 @@ STRICT = ("sequence", "heads", "mlp", "embed")
 
 
 def mapped_axes() -> tuple[str, ...]:
-    """Mesh axes over which the surrounding shard_map or pmap has split the batch; () under jit."""
-    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    """Mesh axes over which the surrounding shard_map or pmap has split the batch; () under jit.
+
+    An axis of another name shares out other things, such as the members of a population.
+    """
+    return tuple(a for a in jax.sharding.get_abstract_mesh().manual_axes if a in MESH)
 
 
 def split(sizes: dict[str, int], names: tuple[str | None, ...], shape: Any) -> PartitionSpec:

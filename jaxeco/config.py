@@ -36,6 +36,25 @@ class Loaded:
     assignments: tuple[str, ...]  # the key=value words of the command line
 
 
+@dataclass(frozen=True)
+class Axis:
+    """One --grid: a key and the texts of its values."""
+
+    key: str
+    values: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Axis":
+        """Reads "lr=0.01,0.03", or with semicolons; raises ValueError where it cannot."""
+        key, equals, rest = text.partition("=")
+        values = tuple(v.strip() for v in rest.split(";" if ";" in rest else ",") if v.strip())
+        if not equals or not key or not values:
+            raise ValueError(f"{text!r}: expected key=value,value,..., such as lr=0.01,0.03")
+        if len(set(values)) < len(values):
+            raise ValueError(f"{text!r}: a value is given twice")
+        return cls(key, values)
+
+
 def load(path: str | Path, assignments: Sequence[str] = ()) -> Loaded:
     """Runs an experiment file and binds `key=value` words to it.
 

@@ -52,6 +52,34 @@ def flatten(description: Any, prefix: str = "") -> dict[str, Any]:
     return head
 
 
+def replaced(value: Any, new: Mapping[str, Any]) -> Any:
+    """A copy of a component with other values at some of the dotted paths of `flatten`.
+
+    Nothing is parsed or converted; components check what they are given.
+
+    Raises:
+      KeyError: there is no such path, or none that a copy can be made with.
+    """
+    if "" in new:
+        return new[""]
+    if isinstance(value, tuple):
+        children: dict[str, Any] = {str(i): v for i, v in enumerate(value)}
+    elif isinstance(value, Mapping):
+        children = {str(name): v for name, v in value.items()}
+    elif is_dataclass(value) and not isinstance(value, type):
+        children = values(value)
+    else:
+        raise KeyError(min(new))
+    below: dict[str, dict[str, Any]] = {}
+    for path, one in new.items():
+        head, _, rest = path.partition(".")
+        below.setdefault(head, {})[rest] = one
+    children |= {head: replaced(children[head], inner) for head, inner in below.items()}
+    if isinstance(value, tuple):
+        return tuple(children.values())
+    return children if isinstance(value, Mapping) else type(value)(**children)
+
+
 def values(value: Any) -> dict[str, Any]:
     """The fields of a dataclass that its constructor takes; a Flax module's without its wiring."""
     wiring = ("parent", "name") if hasattr(value, "apply") else ()

@@ -1,13 +1,11 @@
 """Exact evaluation: every example of a split counts once, whatever the batch and device count."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxeco import axes, parallel
 from jaxeco.data.dataset import Dataset
@@ -44,6 +42,9 @@ def eval_step(
     return axes.global_sum((sums, count)), axes.global_concat(keep(ex, outputs, batch))
 
 
+Evaluate = Callable[[Any, dict[str, Any]], tuple[tuple[Sums, jax.Array], Kept]]
+
+
 class Evaluator:
     """Evaluates models on one split; its compiled step and its data stay in place."""
 
@@ -51,26 +52,34 @@ class Evaluator:
         self,
         ex: Experiment,
         dataset: Dataset,
-        mesh: Mesh,
-        shardings: Any = None,
-        views: Views | None = None,
+        evaluate: Evaluate,
+        compiled: Callable[[parallel.Function], parallel.Function],
+        place: Callable[[Any], Any],
+        share: np.ndarray | None = None,
     ) -> None:
-        """`shardings`: of (params, variables), as `parallel.compiled` takes them."""
+        """Compiles nothing yet, and puts the data where it is to lie, if it fits.
+
+        Args:
+          evaluate: from a model, which may be any pytree, and a batch to what `eval_step` returns;
+            of several models each array has an axis of models in front.
+          compiled: compiles a function of (model, resident, fed_n).
+          place, share: as `Feed.evaluation` takes them.
+        """
         self.ex, self.name, self.size = ex, dataset.name, dataset.eval_examples
         self.feed = Feed.evaluation(
             dataset,
             ex.eval_batch,
             resident=fits(dataset, ex.resident_bytes),
-            place=partial(parallel.place, mesh=mesh),
-            share=parallel.share(mesh, ex.eval_batch),
+            place=place,
+            share=share,
             workers=ex.read_workers,
         )
 
-        def step(model: tuple[Any, Any], resident: Any, fed_n: Any) -> tuple[Any, Kept]:
+        def step(model: Any, resident: Any, fed_n: Any) -> tuple[Any, Kept]:
             first = jax.tree.map(lambda a: a[0], fed_n)
-            return eval_step(ex, *model, assemble(resident, first), views)
+            return evaluate(model, assemble(resident, first))
 
-        self.step = parallel.compiled(step, ex.parallel, mesh, shardings, updates=False)
+        self.step = compiled(step)
 
     def __call__(
         self, params: Any, variables: Any, stop: Callable[[], bool] = lambda: False
@@ -87,6 +96,14 @@ class Evaluator:
           RuntimeError: not every example was counted once.
           UserError: the weights of all examples are 0.
         """
+        found = self.measured((params, variables), stop)
+        return None if found is None else results(self.ex, found)
+
+    def measured(self, model: Any, stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """As a call, but before the division: sums in float64, and what is kept of all examples.
+
+        Of several models each array has an axis of models in front.
+        """
         totals: Any = None
         parts: list[Kept] = []  # of the examples that count
         waiting: list[Any] = []  # the batch that the device works on while the last one is added
@@ -97,21 +114,23 @@ class Evaluator:
             sums, kept = jax.device_get(found)
             sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-            parts.append(jax.tree.map(lambda a: a[mask_B > 0], kept))
+            axis = np.ndim(sums[1])  # of examples, behind that of models if there is one
+            parts.append(jax.tree.map(lambda a: np.compress(mask_B > 0, a, axis), kept))
 
         with self.feed as feed:
             for i in range(feed.steps):
                 if stop():
                     return None
-                found = self.step((params, variables), feed.resident, feed.fed(i))
+                found = self.step(model, feed.resident, feed.fed(i))
                 if waiting:
                     add()
                 waiting.append((feed.plan(i)["mask"], found))
         add()
         sums, count = totals
-        if count != self.size:
-            raise RuntimeError(f"evaluation counted {count:.0f} examples of {self.size}")
-        if sums["loss"].weight == 0:
+        if np.any(count != self.size):
+            raise RuntimeError(f"evaluation counted {count} examples of {self.size}")
+        if np.any(sums["loss"].weight == 0):
             raise UserError(f"{self.name}: nothing counts, all weights are 0; take more of it")
-        kept = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-        return results(self.ex, sums | kept)
+        axis = np.ndim(count)
+        kept = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis), *parts)
+        return sums | kept

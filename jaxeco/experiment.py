@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from jaxeco.trackers import Tracker
+
 if TYPE_CHECKING:
     import flax.linen as nn
 
@@ -219,12 +221,15 @@ class Experiment:
     best: str | None = field(default=None, metadata=FREE)  # and the best by, say, "test/accuracy"
     # evaluations without a better `best` after which the run ends early
     patience: int | None = field(default=None, metadata=FREE)
+    # where its scalars go beside metrics.jsonl; None: to TensorBoard, where that is installed
+    trackers: tuple[Tracker, ...] | None = field(default=None, metadata=FREE)
 
     def __post_init__(self) -> None:
         for name in ("batch", "grad_accum", "steps_per_call", "eval_batch", "keep"):
             if not _whole(value := getattr(self, name)):
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        # a number that a program takes as an input passes
+        if isinstance(self.clip_norm, int | float) and not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm}: expected a number above 0, or None")
         if self.batch % self.grad_accum:
             raise ValueError(f"batch={self.batch} is not divisible by grad_accum={self.grad_accum}")
@@ -249,6 +254,9 @@ class Experiment:
         names = ("loss", *(m.name for m in (*self.metrics, *self.eval_metrics)))
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"metrics: two are called {min(twice)!r}; leave out one of them")
+        labels = [tracker.label for tracker in self.trackers or ()]
+        if several := {label for label in labels if labels.count(label) > 1}:
+            raise ValueError(f"trackers: expected one {min(several)}, not several")
         if self.patience is not None and (self.patience < 1 or self.best is None):
             what = f"patience={self.patience}, best={self.best!r}"
             raise ValueError(f'{what}: expected at least 1, and a best, such as "test/loss"')

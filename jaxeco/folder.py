@@ -17,12 +17,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from jaxeco import hosts, onednn, storage
+from jaxeco import hosts, storage
 from jaxeco.config import Loaded, load
 from jaxeco.description import describe
 from jaxeco.errors import UserError
 
 RECORD = "run.json"
+RESULT = "result.json"
+POPULATION = "population.json"  # of many runs that were started as one; theirs are within
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"  # says who runs here
 TOKENIZER = "tokenizer.json"  # of a run on text
@@ -50,9 +52,10 @@ def choose(name: str, workdir: Path | None, resume: bool) -> Path:
     """
     if workdir is None:
         taken = {}
-        for record in Path("runs").glob(f"{glob.escape(name)}*/{RECORD}"):
-            if match := re.fullmatch(re.escape(name) + r"(?:-(\d+))?", record.parent.name):
-                taken[int(match[1] or 1)] = record.parent
+        for there in Path("runs").glob(f"{glob.escape(name)}*"):
+            match = re.fullmatch(re.escape(name) + r"(?:-(\d+))?", there.name)
+            if match and any((there / record).exists() for record in (RECORD, POPULATION)):
+                taken[int(match[1] or 1)] = there
         if resume and taken:
             return taken[max(taken)]
         number = max(taken, default=0) + 1
@@ -65,7 +68,9 @@ def choose(name: str, workdir: Path | None, resume: bool) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    return (folder / RECORD).exists() or any(folder.glob(f"{CHECKPOINTS}/*"))
+    """Whether there is a run in the folder, or many that were started as one."""
+    records = any((folder / record).exists() for record in (RECORD, POPULATION))
+    return records or any(folder.glob(f"{CHECKPOINTS}/*"))
 
 
 @contextlib.contextmanager
@@ -203,6 +208,8 @@ def record(folder: Path, loaded: Loaded, **facts: Any) -> list[str]:
 
 def code(loaded: Loaded) -> dict[str, dict[str, str | None]]:
     """What computes: versions of packages, and digests of the experiment's and of our own code."""
+    from jaxeco import onednn  # here, since it wakes JAX up
+
     versions = {name: _version(name) for name in PACKAGES}
     if library := onednn.version():  # only where it is used
         versions["oneDNN"] = library
@@ -270,7 +277,21 @@ def open_run(folder: str | os.PathLike[str]) -> Loaded:
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """What a run has come to, as result.json."""
     with _writing(folder):
-        _write(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        _write(folder / RESULT, json.dumps(result, indent=2) + "\n")
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """A run's result.json; None if there is none that can be read."""
+    try:
+        return json.loads((folder / RESULT).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write(path: Path, text: str) -> None:
+    """A file of a run's folder, whole or not at all; raises UserError if it cannot be written."""
+    with _writing(path.parent):
+        _write(path, text)
 
 
 @storage.persistent

@@ -5,7 +5,9 @@ The function is the same in all three: `jit` shows it whole arrays and lets XLA 
 `jaxeco.axes`.
 """
 
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -91,6 +93,23 @@ def share(mesh: Mesh, batch: int) -> np.ndarray:
     """Positions in a global batch whose examples this process's devices hold: i64, ascending."""
     parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch,)).values()
     return np.unique(np.concatenate([np.arange(batch)[part] for part in parts]))
+
+
+def room(device: jax.Device) -> float:
+    """Bytes of memory that a device has left, or nearly so; a CPU's are the machine's."""
+    if stats := device.memory_stats():
+        return 0.9 * (stats["bytes_limit"] - stats["bytes_in_use"])
+    meminfo = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
+    found = re.search(r"MemAvailable: +(\d+) kB", meminfo)
+    free = int(found[1]) * 1024 if found else 2**63
+    try:  # what a container may take at most
+        limit, used = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current")
+        )
+        free = min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # there is no such limit
+        pass
+    return 0.8 * free
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,7 +3,7 @@
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from jaxeco import parallel, sharding
 from jaxeco.data.dataset import Dataset, read
 from jaxeco.data.pipeline import Feed, fits
 from jaxeco.errors import UserError
-from jaxeco.evaluate import Evaluator, eval_step
+from jaxeco.evaluate import Evaluate, Evaluator, eval_step
 from jaxeco.experiment import Experiment, Views
 from jaxeco.forward import predict, preprocess, whole_split
 from jaxeco.optim import clip_by_global_norm
@@ -44,10 +44,22 @@ class Plan:
     steps: int  # of the whole run
     tx: optax.GradientTransformation
 
-    def init(self) -> State:
-        """The State before step 0. Pure: it may be compiled, or only traced for its shapes."""
+    def of(self, ex: Experiment) -> "Plan":
+        """The plan of an experiment that differs in the seed, or in what steps compute with.
+
+        Numbers may be traced. The data stays open, and nothing is checked anew.
+        """
+        return replace(self, ex=ex, tx=transformation(ex, self.steps))
+
+    def init(self, seed: Any = None) -> State:
+        """The State before step 0. Pure: it may be compiled, or only traced for its shapes.
+
+        Args:
+          seed: instead of the experiment's; it may be traced, u32[].
+        """
         one = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes(self.train, 1).items()}
-        return init(self.ex, self.tx, jax.random.key(self.ex.seed), one)
+        key = jax.random.key(self.ex.seed if seed is None else seed)
+        return init(self.ex, self.tx, key, one)
 
     def abstract_state(self) -> State:
         """The State's shapes, dtypes and where on the devices each part belongs.
@@ -81,7 +93,13 @@ class Plan:
         # It runs once. XLA on CPU would compile it for seconds, for a tenth of one that it saves.
         quickly = {"xla_backend_optimization_level": 1} if cpu else None
         state = jax.jit(self.init, out_shardings=shardings, compiler_options=quickly)()
-        params = state.params
+        return self.prepared(state, said)
+
+    def prepared(
+        self, state: State, said: Callable[["Report"], None] = lambda report: None
+    ) -> State:
+        """The State before step 0 from one of random parameters: `start_from`, then `calibrate`."""
+        params, shardings = state.params, self.shardings
         if self.ex.start_from is not None:
             params, report = self.ex.start_from.load(params, fingerprint(self.train.tokenizer))
             said(report)
@@ -117,10 +135,25 @@ class Plan:
     def evaluators(self) -> dict[str, Evaluator]:
         """For each split, what evaluates a State's parameters and variables on it."""
         model = self.shardings.params, self.shardings.variables
+        compiled = partial(
+            parallel.compiled, how=self.ex.parallel, mesh=self.mesh, carry=model, updates=False
+        )
+        place = partial(parallel.place, mesh=self.mesh)
+        share = parallel.share(self.mesh, self.ex.eval_batch)
         return {
-            split: Evaluator(self.ex, data, self.mesh, model, views_of(self.ex, split))
+            split: Evaluator(self.ex, data, self.evaluation(split), compiled, place, share)
             for split, data in self.evals.items()
         }
+
+    def evaluation(self, split: str) -> Evaluate:
+        """((params, variables), batch) -> sums and what is kept: evaluation of a split, a batch."""
+        views = views_of(self.ex, split)
+
+        def evaluation(model: tuple[Any, Any], batch: dict[str, Any]) -> Any:
+            params, variables = model
+            return eval_step(self.ex, params, variables, batch, views)
+
+        return evaluation
 
     def feed(self) -> Feed:
         """The training batches, by step; on the devices if the data fits there."""
@@ -175,15 +208,20 @@ def plan(ex: Experiment, devices: Sequence[jax.Device] | None = None) -> Plan:
             warnings.warn(f"the split {name!r} is the training data itself", stacklevel=2)
     steps_per_epoch = size // ex.batch
     steps = ex.length.steps(steps_per_epoch)
-    tx = ex.optimizer.build(steps)
-    if ex.clip_norm is not None:
-        trained = partial(map_named, ex.optimizer.trains)  # frozen parameters have gradients, too
-        tx = optax.chain(optax.masked(clip_by_global_norm(ex.clip_norm), trained), tx)
     if steps >= 2**31:
         raise UserError(f"a run of {steps:,} steps: expected fewer than 2^31")
-    plan = Plan(ex, train, evals, mesh, steps_per_epoch, steps, tx)
+    plan = Plan(ex, train, evals, mesh, steps_per_epoch, steps, transformation(ex, steps))
     check(plan)
     return plan
+
+
+def transformation(ex: Experiment, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of so many steps, behind the clipping of its gradients."""
+    tx = ex.optimizer.build(steps)
+    if ex.clip_norm is None:
+        return tx
+    trained = partial(map_named, ex.optimizer.trains)  # frozen parameters have gradients, too
+    return optax.chain(optax.masked(clip_by_global_norm(ex.clip_norm), trained), tx)
 
 
 def shapes(data: Dataset, examples: int, training: bool = True) -> dict[str, jax.ShapeDtypeStruct]:

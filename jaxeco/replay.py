@@ -194,7 +194,7 @@ def _tables(p: "Plan", sums: Any, norms: Any, step: int) -> tuple[Any, Any]:
 def unlike(p: "Plan", run: Path, loaded: "Loaded", step: int) -> list[str]:
     """What differs from the session of the run that took the step."""
     from jaxeco import folder as folders
-    from jaxeco.session import environment
+    from jaxeco.outcome import environment
 
     sessions = json.loads((run / folders.RECORD).read_text())["sessions"]
     took = [session for session in sessions if session["first_step"] < step]

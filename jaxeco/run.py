@@ -3,6 +3,7 @@
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from jaxeco import cluster, command, config
 
@@ -15,6 +16,14 @@ def steps(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in match.groups() if n)
 
 
+def axis(text: str) -> config.Axis:
+    """The type of --grid."""
+    try:
+        return config.Axis.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     parser = command.Parser(
         prog="python -m jaxeco.run", description=__doc__, add_help=False, allow_abbrev=False
@@ -25,6 +34,16 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--workdir", type=Path, help="where the run goes (default: runs/<name>, or <name>-2, ...)")
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--steps", type=int, help="stop after this step; --resume goes on from there")
+    add("--seeds", type=int, metavar="N", help="N runs at once, with seeds from seed=... on")
+    add(
+        "--grid",
+        type=axis,
+        action="append",
+        default=[],
+        metavar="lr=0.1,0.3",
+        help="a run for each value; twice: for every combination",
+    )
+    add("--together", choices=("mapped", "in-turn"), help="how many runs train (default: chosen)")
     add("--dry-run", action="store_true", help="show the resolved experiment and its cost only")
     add(
         "--profile",
@@ -60,6 +79,17 @@ def parse(words: list[str]) -> argparse.Namespace:
         surplus = " and ".join(word for word, value in given.items() if value)
         if surplus:
             parser.error(f"--dry-run runs nothing: leave out {surplus}")
+    options.many = bool(options.grid) or options.seeds is not None
+    if options.seeds is not None and options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: expected at least 1")
+    if options.together and not options.many:
+        parser.error("--together is for many runs: with --seeds or --grid")
+    if options.many:
+        given = {"--profile": options.profile is not None, "--multihost": options.multihost}
+        given["--coordinator"] = options.coordinator is not None
+        surplus = " and ".join(word for word, value in given.items() if value)
+        if surplus:
+            parser.error(f"--seeds and --grid run in one process, unprofiled: leave out {surplus}")
     if (options.coordinator is None) != (options.process is None):
         parser.error("--coordinator HOST:PORT and --process I/N go together")
     if options.multihost and options.coordinator is not None:
@@ -88,12 +118,26 @@ def main(words: list[str]) -> int:
         print(config.help_text(options.file))
         return 0
     join(options)
+    if options.many:
+        return many(options)
     loaded = config.load(options.file, options.assignments)
     from jaxeco import session  # from here on JAX is awake
 
     if options.dry_run:
         return session.dry_run(loaded)
     return session.run(loaded, options.workdir, options.resume, options.steps, options.profile)
+
+
+def many(options: argparse.Namespace) -> int:
+    from jaxeco import grid
+
+    what = options.file, options.assignments, options.grid, options.seeds or 1
+    if options.dry_run:
+        return grid.dry_run(*what)
+    how: Any = options.together and options.together.replace("-", " ")
+    return grid.run(
+        *what, workdir=options.workdir, resume=options.resume, stop_at=options.steps, how=how
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """One session of a run, as a person sees it: summary, training, end table, pictures, result."""
 
 import json
-import platform
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,19 +11,18 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxeco import axes, hosts, onednn, parallel, plots, sharding
+from jaxeco import axes, hosts, onednn, outcome, parallel, plots, sharding, trackers
 from jaxeco import folder as folders
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.config import Loaded
 from jaxeco.data.dataset import Dataset
 from jaxeco.description import describe, flatten
 from jaxeco.errors import UserError
-from jaxeco.experiment import IDENTITY, Experiment
 from jaxeco.fit import fit, stalled
 from jaxeco.forward import predict
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import Log, read_metrics, table
-from jaxeco.plan import Plan, fingerprint, plan, shapes
+from jaxeco.plan import Plan, plan, shapes
 from jaxeco.profile import Profile, window
 from jaxeco.recovery import Diverged
 from jaxeco.train import State, train_step
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
     from jaxeco.pretrained import Report
 
 Row = Sequence[str]
-PACE = re.compile("step|time|learning_rate|data_wait|.*_per_second")  # in the log, but no result
 
 
 def run(
@@ -56,13 +52,14 @@ def run(
     """
     ex = loaded.experiment
     folders.check(ex.name, workdir, resume)  # complains before the data is opened
+    trackers.check(ex.trackers)
     p = plan(ex)
     check_alike(p, {"--resume": resume, "--steps": stop_at, "--profile": profiled})
     with (
         folders.claimed(ex.name, workdir, resume) as folder,
         Checkpoints(
             folder / folders.CHECKPOINTS,
-            description=identity(p),
+            description=outcome.identity(p),
             keep=ex.keep,
             best=ex.best,
             best_mode=ex.best_mode,
@@ -75,7 +72,7 @@ def run(
         if profiled is not None:
             at = window(p, found[1] if found else 0, end, profiled)
         state, first = found or (p.start(reports.append), 0)
-        facts, notes = environment(p), []
+        facts, notes = outcome.environment(p), []
         if hosts.first():
             notes = folders.record(folder, loaded, first_step=first, **facts)
             if p.train.tokenizer:
@@ -86,12 +83,14 @@ def run(
                 total_steps=p.steps,
                 first_step=first,
                 examples_per_step=ex.batch,
+                trackers=ex.trackers,
+                settings=flatten(describe(ex)),
                 unit=p.train.unit,
                 units=p.train.units,
             ) as log,
             Interrupt() as interrupt,
         ):
-            rows = summary(p, folder, first, resume, log.tensorboard)
+            rows = summary(p, folder, first, resume, log.tracked)
             log.table(ex.name, [*rows, *(row for report in reports for row in report.rows())])
             if any(p.mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
                 log.table(*shared_out(p))
@@ -104,10 +103,11 @@ def run(
                 raise diverged(error, checkpoints, folder) from error
             log.finished()
             step = int(state.step)
-            if said := ending(p, first, step, interrupt, log):
+            ended, said = ending(p, first, step, interrupt, log)
+            if said:
                 log.note(said)
             if hosts.first():
-                finish(p, step, read_metrics(folder), folder, log)
+                outcome.finish(p, step, read_metrics(folder), folder, log, ended)
             if not interrupt.asked():
                 pictures(p, state, folder)
     return interrupt.exit_status if interrupt.signal else 0
@@ -141,13 +141,6 @@ def dry_run(loaded: Loaded) -> int:
     return 0
 
 
-def identity(p: Plan) -> dict[str, Any]:
-    """What a checkpoint must agree with to be continued: all that determines the State."""
-    resolved = describe(p.ex)
-    data = {"data": p.train.fingerprint, "tokenizer": fingerprint(p.train.tokenizer)}
-    return {name: resolved[name] for name in IDENTITY} | data
-
-
 def check_alike(p: Plan, words: dict[str, Any]) -> None:
     """Raises UserError, on all processes, unless all have the same experiment, data and words.
 
@@ -167,25 +160,9 @@ def check_alike(p: Plan, words: dict[str, Any]) -> None:
             )
 
 
-def environment(p: Plan) -> dict[str, Any]:
-    """What a session ran on and with; all processes ask together."""
-    return {
-        "hosts": hosts.gather(platform.node()),
-        "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in p.mesh.devices.flat],
-        "data": {
-            name: {
-                "name": data.name,
-                "examples": data.eval_examples,
-                "fingerprint": data.fingerprint,
-                "classes": list(data.classes),
-                "fields": {k: f"{f.dtype}{list(f.shape[1:])}" for k, f in data.fields.items()},
-            }
-            for name, data in {"train": p.train, **p.evals}.items()
-        },
-    }
-
-
-def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -> list[Row]:
+def summary(
+    p: Plan, folder: Path, first: int, resume: bool, tracked: Sequence[Row]
+) -> list[Row]:
     """What is about to happen, for the table at the start."""
     ex = p.ex
     devices = list(p.mesh.devices.flat)
@@ -198,7 +175,7 @@ def summary(p: Plan, folder: Path, first: int, resume: bool, tensorboard: str) -
         *((split, _sized(data, data.eval_examples)) for split, data in p.evals.items()),
         ("steps", f"{p.steps:,} with {ex.batch} examples each; {p.steps_per_epoch:,} an epoch"),
         ("folder", str(folder)),
-        ("TensorBoard", tensorboard),
+        *tracked,
     ]
     if resume:
         rows.append(
@@ -218,16 +195,18 @@ def shared_out(p: Plan) -> tuple[str, list[Row]]:
     return f"on each of {p.mesh.size} devices, {used}", rows
 
 
-def ending(p: Plan, first: int, step: int, interrupt: Interrupt, log: Log) -> str:
-    """What to say of a session that ends at `step`; nothing if it trained to the planned end."""
+def ending(
+    p: Plan, first: int, step: int, interrupt: Interrupt, log: Log
+) -> tuple[outcome.Ended, str]:
+    """How a session ends at `step`, and what to say of it: nothing at the end as planned."""
     since = stalled(p, log)
     if interrupt.signal or (step < p.steps and since is None):
         why = interrupt.signal.name if interrupt.signal else "--steps"
-        return f"{why}: saved step {step:,}; --resume goes on from there"
+        return "interrupted", f"{why}: saved step {step:,}; --resume goes on from there"
     said = ["this run was complete already"] if first == step else []
     if step < p.steps:
         said.append(f"stopped early: no better {p.ex.best} since step {since:,}")
-    return "; ".join(said)
+    return "stalled" if step < p.steps else "complete", "; ".join(said)
 
 
 def diverged(error: Diverged, checkpoints: Checkpoints, folder: Path) -> Diverged:
@@ -247,58 +226,6 @@ def diverged(error: Diverged, checkpoints: Checkpoints, folder: Path) -> Diverge
     return Diverged(
         f"{error}; {last}; the state of step {step} is kept in {aside}; {advice}", error.step
     )
-
-
-def finish(p: Plan, step: int, metrics: list[dict], folder: Path, log: Log) -> None:
-    """The end table, and result.json: each split's latest line, and those of the best step.
-
-    What stands under "train" was measured while training, since the log's last line.
-    """
-    latest = {line["split"]: line for line in metrics}
-    rows: list[Row] = [("split", "step", "metric", "value")]
-    result: dict[str, Any] = {"step": step, "of": p.steps, "seed": p.ex.seed}
-    for split, line in latest.items():
-        rows += [
-            (split, f"{line['step']:,}", k, f"{v:.4f}" if isinstance(v, float) else f"{v:,}")
-            for k, v in scalars(line).items()
-        ]
-        result[split] = {"step": line["step"], **scalars(line)}
-    if p.ex.best and (found := best(p.ex, metrics)):
-        result["best"] = found
-        rows.append(("best", f"{found['step']:,}", p.ex.best, f"{found[p.ex.best]:.4f}"))
-    result["seconds"] = metrics[-1]["time"] if metrics else 0.0
-    folders.write_result(folder, result)
-    log.table(f"{p.ex.name} after {step:,} of {p.steps:,} steps, {result['seconds']:.1f} s", rows)
-
-
-def scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """Of a line of the log what is a result: numbers."""
-    values = {name: v for name, v in line.items() if isinstance(v, int | float)}
-    return {name: v for name, v in values.items() if not PACE.fullmatch(name)}
-
-
-def best(ex: Experiment, metrics: list[dict]) -> dict[str, float]:
-    """The step that is best by `ex.best`, the newest of equals, and what was measured at it.
-
-    It is the step whose checkpoint is kept as the best; {} if nothing has been measured.
-    """
-    split, _, metric = str(ex.best).rpartition("/")
-    sign = 1 if ex.best_mode == "max" else -1
-    scores = [
-        (sign * line[metric], line["step"])
-        for line in metrics
-        if line["split"] == split and np.isfinite(line[metric])
-    ]
-    if not scores:
-        return {}
-    step = max(scores)[1]
-    found = {
-        f"{line['split']}/{name}": value
-        for line in metrics
-        if line["step"] == step and line["split"] in ex.evals
-        for name, value in scalars(line).items()
-    }
-    return {"step": step} | found
 
 
 def pictures(p: Plan, state: State, folder: Path) -> None:

@@ -121,6 +121,10 @@ WORKLOADS = {
     "gpt2": Workload(
         "GPT-2 124M, forward + backward, 1 x 256", "tokens", transformer(50_257, 12, 768, 256)
     ),
+    "digits_1": Workload("digits MLP 128-64, batch 64, AdamW", "images", programs=PIPELINE),
+    "digits_16": Workload("the same, 16 seeds", "images", programs=HALF),
+    "mlp_16": Workload("MNIST MLP, batch 128, 16 seeds", "images", programs=HALF),
+    "lenet_4_16": Workload("LeNet, batch 4, 16 seeds", "images", programs=HALF),
     "input_resident": Workload("input on the device, batch 256", "images", programs=PIPELINE),
     "input_streamed": Workload("input streamed, batch 256", "images", programs=PIPELINE),
     "start_mlp_cold": Workload("start, MNIST MLP, empty caches", "starts", start=("cold", "mlp")),

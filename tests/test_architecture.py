@@ -9,18 +9,20 @@ PACKAGE = Path(__file__).parent.parent / "jaxeco"
 
 # From top to bottom. A module may import from the floors below its own.
 FLOORS = [
-    ["run", "weights", "sample", "replay", "prepare", "doctor", "verify"],
-    ["session", "command"],
+    "run compare diff report reproduce sweep weights sample replay prepare doctor verify".split(),
+    ["session", "grid", "command"],
+    ["population"],
     ["fit"],
-    ["profile", "recovery"],
+    ["lr_find", "outcome", "profile", "recovery"],
     ["plan"],
-    ["evaluate", "train", "pretrained", "watch"],
-    "cluster guard generate forward parallel checkpoint log plots folder interrupt".split(),
+    ["evaluate", "train", "pretrained", "runs", "study", "sweep_plots", "watch"],
+    "claims cluster guard generate forward parallel checkpoint log plots folder interrupt"
+    " rewrite space".split(),
     ["config"],
     ["experiment"],
-    ["optim", "data", "models", "losses", "ranking", "ondisk"],
+    ["optim", "data", "models", "losses", "ranking", "ondisk", "trackers"],
     ["metrics", "onednn", "schedules", "sharding"],
-    "axes culprit description hosts runtime storage timeline trees".split(),
+    "axes culprit description hosts markup runtime stats storage timeline trees".split(),
     ["errors"],
 ]
 HEIGHT = {name: -floor for floor, names in enumerate(FLOORS) for name in names}

@@ -15,7 +15,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from jaxeco import data, losses, metrics, models, optim, ranking
 from jaxeco.data.dataset import Dataset
 from jaxeco.errors import UserError
-from jaxeco.evaluate import Evaluator
 from jaxeco.experiment import Experiment, Steps
 from jaxeco.forward import predict
 from jaxeco.plan import Plan, plan
@@ -51,7 +50,7 @@ def experiment(**changes: Any) -> Experiment:
 
 def evaluated(p: Plan, state: State | None = None) -> dict[str, Any]:
     state = state or p.start()
-    found = Evaluator(p.ex, p.evals["test"], p.mesh)(state.params, state.variables)
+    found = p.evaluators()["test"](state.params, state.variables)
     assert found is not None
     return found
 

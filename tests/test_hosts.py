@@ -68,13 +68,13 @@ def main(words):
     cluster.join(cluster.Place.parse(coordinator, process))
     loaded = config.load(Path(file), ["mesh=data:2,fsdp:2"])
     import jax
-    from jaxeco import session
+    from jaxeco import outcome, session
     from jaxeco.checkpoint import Checkpoints, load
     from jaxeco.plan import plan
     from jaxeco.trees import named
     p = plan(loaded.experiment)
     path = Path(folder) / "checkpoints"
-    with Checkpoints(path, description=session.identity(p)) as checkpoints:
+    with Checkpoints(path, description=outcome.identity(p)) as checkpoints:
         state, step = checkpoints.restore(p.abstract_state())
     whole, compared = named(load(path).state), []
     for name, array in named(state.replace(key=None)).items():

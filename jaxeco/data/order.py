@@ -12,6 +12,7 @@ import numpy as np
 
 # Up to this many examples an epoch's order is sorted as a whole: some seconds, 256 MiB.
 SORTED = 2**24
+SMALL = 2**17  # orders of so many are kept for each of many seeds: 1 MiB each at most
 _ROUNDS = 8
 
 
@@ -25,6 +26,8 @@ def shuffled(seed: int, epoch: int, size: int, positions_B: np.ndarray) -> np.nd
     Returns:
       i64[B], in [0, size); over all positions, every example once. The same for ever.
     """
+    if size <= SMALL:
+        return _small(seed, epoch, size)[positions_B]
     if size <= SORTED:
         return permutation(seed, epoch, size)[positions_B]
     return network(seed, epoch, size, positions_B)
@@ -83,6 +86,10 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     order = np.argsort(_words(seed, epoch, size), kind="stable").astype(np.int64, copy=False)
     order.flags.writeable = False
     return order
+
+
+# For the members of a population, each with an order of its own.
+_small = lru_cache(maxsize=512)(permutation.__wrapped__)
 
 
 def offset(seed: int, epoch: int, stride: int) -> int:

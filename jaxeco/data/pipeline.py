@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -144,6 +145,16 @@ class Feed:
         steps = order.eval_steps(batch, size)
         how = _How(resident, place, share, workers)
         return cls(dataset, batch, steps, plan, how, ends=True)
+
+    def with_seed(self, seed: int) -> Self:
+        """A feed of the same training data in another seed's order; what is resident is shared."""
+        feed = copy(self)
+        feed._plan = partial(
+            _training_rows, seed, self.batch, len(self.dataset), self.dataset.stride
+        )
+        feed._batches = replace(self._batches, plan=feed._plan)
+        feed._reader, feed._next = None, 0
+        return feed
 
     def plan(self, step: int) -> Fields:
         """Which examples the whole batch of a step consists of, whoever holds them; reads none.

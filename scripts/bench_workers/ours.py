@@ -27,6 +27,7 @@ from jaxeco.experiment import Experiment
 from jaxeco.forward import preprocess
 from jaxeco.generate import Decoding, Sampling
 from jaxeco.plan import Plan, plan
+from jaxeco.population import WAYS, Group
 from jaxeco.train import State, gradient
 from jaxeco.trees import named
 
@@ -103,6 +104,10 @@ EXPERIMENTS = {
     "char_gpt_bf16": lambda: experiment("shakespeare_char", Text(65, 64), "precision=bfloat16"),
     "generate": lambda: experiment("shakespeare_char", Text(65, 64), "model.trunk.context=256"),
     "gpt2": gpt2,
+    "digits_1": lambda: experiment("digits_mlp", images(8, 1)),
+    "digits_16": lambda: experiment("digits_mlp", images(8, 1)),
+    "mlp_16": lambda: experiment("mnist_mlp", images(28, 1)),
+    "lenet_4_16": lambda: experiment("cifar_lenet", images()),
     "input_resident": lambda: pipeline(4.0),
     "input_streamed": lambda: pipeline(0.0),
 }
@@ -157,6 +162,24 @@ def feeds(p: Plan, state: State) -> Steps:
     return steps
 
 
+def populates(p: Plan, state: State) -> Steps:
+    """As many members as the workload's name says, with seeds of their own, as one program."""
+    count, step = int(WORKLOAD.rpartition("_")[2]), 0
+    experiments = tuple(dataclasses.replace(p.ex, seed=seed) for seed in range(count))
+    group = Group(tuple(range(count)), p, experiments, ())
+    states = [p.of(ex).start() for ex in experiments]
+    program = WAYS[group.natural()](group, states)
+    n = 50
+
+    def steps() -> float:
+        nonlocal step
+        jax.block_until_ready(program.call(step, n))
+        step += n
+        return count * n * p.ex.batch
+
+    return steps
+
+
 def writes(p: Plan, state: State, tokens: int = 250) -> Steps:
     def text() -> float:
         rows = Decoding(p.ex.model, state.params, [[0]], tokens=tokens, sampling=Sampling(0.8))
@@ -172,6 +195,9 @@ WORK = {
     "gpt2": differentiates,
     "input_resident": feeds,
     "input_streamed": feeds,
+    "digits_16": populates,
+    "mlp_16": populates,
+    "lenet_4_16": populates,
 }
 
 

@@ -25,6 +25,13 @@ def mlp() -> nn.Module:
     )  # fmt: skip
 
 
+def digits() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 64), nn.ReLU(),
+        nn.Dropout(0.1), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
 def lenet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2),
@@ -144,6 +151,11 @@ nesterov = partial(torch.optim.SGD, lr=0.1, momentum=0.85, nesterov=True)
 # model, optimizer (none: forward and backward only), batch, shape of an example, steps in a row
 WORKLOADS = {
     "mlp": (mlp, torch.optim.Adam, 128, (1, 28, 28), 10),
+    # many seeds are one after another here: the rate of one is that of all
+    "mlp_16": (mlp, torch.optim.Adam, 128, (1, 28, 28), 10),
+    "digits_1": (digits, adamw, 64, (1, 8, 8), 10),
+    "digits_16": (digits, adamw, 64, (1, 8, 8), 10),
+    "lenet_4_16": (lenet, sgd, 4, (3, 32, 32), 50),
     "lenet_4": (lenet, sgd, 4, (3, 32, 32), 50),
     "lenet_128": (lenet, sgd, 128, (3, 32, 32), 10),
     "airbench_256": (Airbench, nesterov, 256, (3, 32, 32), 1),

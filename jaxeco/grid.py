@@ -1,0 +1,140 @@
+"""Many runs from one command: which they are, where they go, and what they come to together.
+
+    --seeds 16                                      seeds s, s + 1, ..., from that of the experiment
+    --grid lr=0.01,0.03 --grid 'widths=64;128,64'   every combination; ; where a value has commas
+
+Each is an ordinary run, in a folder of its own below that of all: runs/<name>/lr=0.01,seed=0.
+"""
+
+import csv
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from jaxeco import config
+from jaxeco import folder as folders
+from jaxeco.errors import RunFailed, UserError
+from jaxeco.interrupt import Interrupt
+from jaxeco.log import table
+from jaxeco.population import How, Member, Outcome, check, grouped, train
+from jaxeco.runs import by_setting, read
+from jaxeco.stats import summary
+
+
+def members(
+    file: Path, words: Sequence[str], axes: Sequence[config.Axis], seeds: int
+) -> list[Member]:
+    """Every combination of values, and each with so many seeds; folders below that of all.
+
+    Raises:
+      UserError: a word or a value does not fit the experiment.
+    """
+    keys = [*(word.partition("=")[0] for word in words), *(axis.key for axis in axes)]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"{key} is given twice")
+    if "seed" in keys[len(words) :] and seeds > 1:
+        raise UserError("--grid seed=... and --seeds both say which seeds: leave out either")
+    found = []
+    for values in itertools.product(*(axis.values for axis in axes)):
+        own = [f"{axis.key}={value}" for axis, value in zip(axes, values, strict=True)]
+        loaded = config.load(file, [*words, *own])
+        if "seed" in keys[len(words) :]:
+            found.append(Member(loaded, _folder(own)))
+            continue
+        rest = [word for word in words if not word.startswith("seed=")]
+        for seed in range(loaded.experiment.seed, loaded.experiment.seed + seeds):
+            one = config.load(file, [*rest, *own, f"seed={seed}"])
+            found.append(Member(one, _folder([*own, f"seed={seed}"])))
+    return found
+
+
+def _folder(words: Sequence[str]) -> Path:
+    """A folder's name for the words that tell a run from the others."""
+    return Path(re.sub(r"[^\w.,=+-]", "_", ",".join(words)))
+
+
+def run(
+    file: Path,
+    words: Sequence[str],
+    axes: Sequence[config.Axis],
+    seeds: int,
+    *,
+    workdir: Path | None,
+    resume: bool,
+    stop_at: int | None,
+    how: How | None,
+) -> int:
+    """Trains all, shows what they come to, and returns the exit status.
+
+    With `resume` those that are complete are left as they are, and new ones are added: --seeds 10
+    after --seeds 5 trains five more.
+
+    Raises:
+      UserError: something does not fit; the folder holds other runs.
+      RunFailed: some have diverged; the others are complete.
+    """
+    every = members(file, words, axes, seeds)
+    check(every[0].ex)
+    folder = folders.choose(every[0].ex.name, workdir, resume)
+    with folders.locked(folder):
+        all_members = [replace(member, folder=folder / member.folder) for member in every]
+        described = {"command": sys.argv[1:], "runs": [m.folder.name for m in all_members]}
+        folders.write(folder / folders.POPULATION, json.dumps(described, indent=2) + "\n")
+        print(f"{len(all_members)} runs of {file} in {folder}", flush=True)
+        with Interrupt() as interrupt:
+            outcomes = train(
+                all_members,
+                resume=resume,
+                interrupt=interrupt,
+                said=lambda text: print(text, flush=True),
+                stop_at=stop_at,
+                how=how,
+            )
+        show(folder, outcomes)
+    if interrupt.signal:
+        print(f"{interrupt.signal.name}: saved; --resume goes on from there")
+        return interrupt.exit_status
+    if bad := [o for o in outcomes if o.ended == "diverged"]:
+        one = f"{bad[0].member.folder.name}: {bad[0].why}"
+        raise RunFailed(f"{len(bad)} of {len(outcomes)} runs diverged, the others go on; {one}")
+    return 0
+
+
+def dry_run(file: Path, words: Sequence[str], axes: Sequence[config.Axis], seeds: int) -> int:
+    """Prints which runs there would be, and in which groups they would train."""
+    found = members(file, words, axes, seeds)
+    check(found[0].ex)
+    for group in (part for whole in grouped(found) for part in whole.fitting(None)):
+        print(group)
+        for i in group.members:
+            print(f"  {found[i].folder}")
+    return 0
+
+
+def show(folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """Writes results.csv, a line for each run, and prints a table of settings."""
+    runs = [read(outcome.member.folder) for outcome in outcomes]
+    columns = dict.fromkeys(name for outcome in outcomes for name in outcome.scores)
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["run", "seed", "step", "ended", *columns])
+    for outcome in outcomes:
+        cells = [outcome.scores[c] if c in outcome.scores else "" for c in columns]
+        ex = outcome.member.ex
+        lines.writerow([outcome.member.folder.name, ex.seed, outcome.step, outcome.ended, *cells])
+    folders.write(folder / "results.csv", text.getvalue())
+    rows: list[Sequence[object]] = [("setting", "n", *columns)]
+    for label, group in by_setting(runs).items():
+        texts = []
+        for name in columns:
+            values = [value for run in group if (value := run.last(name)) is not None]
+            texts.append(str(summary(values)) if values else "")
+        rows.append((label, len(group), *texts))
+    print("\n" + table(f"{len(runs)} runs, mean ± sd", rows))
+    print(f"\n{folder / 'results.csv'} has each; python -m jaxeco.report {folder} draws them")
