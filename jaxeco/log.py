@@ -1,4 +1,4 @@
-"""What a run says: `metrics.jsonl`, TensorBoard events, and the terminal.
+"""What a run says: to `metrics.jsonl`, to trackers such as TensorBoard, and on the terminal.
 
 `metrics.jsonl` holds one JSON object a line:
 
@@ -15,10 +15,11 @@ no NaN and no infinity: they are written as null, and come back as NaN from `rea
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -26,10 +27,12 @@ from typing import Any, Self, TextIO
 import numpy as np
 
 from jaxeco import hosts, storage
+from jaxeco import trackers as kinds
 from jaxeco.errors import UserError
 
 FILE = "metrics.jsonl"
 COUNTS = ("skipped", "rolled_back")  # what a guard has done so far
+PACE = re.compile("step|time|learning_rate|data_wait|.*_per_second")  # in the log, but no result
 NOTICED = 0.1  # share of the time spent waiting for data of which a person should know
 WIDTH = 80  # columns that every line and table fits into, where its words allow
 
@@ -47,13 +50,14 @@ class Log:
       first_step: where it begins: the restored step. Lines beyond it are cut from the file, so that
         curves never overlap; 0 begins anew.
       examples_per_step: to turn steps into examples per second.
-      tensorboard: True to write events into folder/tensorboard, False not to, None to write them
-        if tensorboardX is installed.
+      trackers: are handed the same scalars; None: TensorBoard, where tensorboardX is installed.
+      settings: of the experiment, by dotted path, for trackers.
+      group: the population that the run is a member of, for trackers.
       unit, units: what a rate counts, and how many of it an example has: ("tokens", 256).
       stream: where the terminal's lines go; standard output if not given.
 
     Raises:
-      UserError: `folder` cannot be written, or tensorboardX is wanted and not installed.
+      UserError: `folder` cannot be written, or a tracker's package is not installed.
     """
 
     def __init__(
@@ -63,7 +67,9 @@ class Log:
         total_steps: int,
         examples_per_step: int,
         first_step: int = 0,
-        tensorboard: bool | None = None,
+        trackers: Sequence[kinds.Tracker] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        group: str | None = None,
         unit: str = "examples",
         units: int = 1,
         stream: TextIO | None = None,
@@ -73,10 +79,15 @@ class Log:
         self._examples = examples_per_step
         self._stream = sys.stdout if stream is None else stream
         if not hosts.first():
-            self._stream, tensorboard = open(os.devnull, "w"), False
+            self._stream, trackers = open(os.devnull, "w"), ()
+        elif trackers is None:
+            trackers = [kinds.TensorBoard()] if kinds.installed(kinds.TensorBoard()) else []
+        kinds.check(trackers)
         earlier = self._begin(first_step)
         self._began = time.monotonic() - max((found["time"] for *_, found in earlier), default=0.0)
-        self._events = _events(self.path.parent / "tensorboard", first_step, tensorboard)
+        told = [(step, _named(split, found)) for step, split, found in earlier]
+        run = kinds.Run(self.path.parent, settings or {}, group, first_step, told)
+        self._sinks = {tracker.label: tracker.open(run) for tracker in trackers}
         self._live = _Live(self._stream, total_steps) if _is_terminal(self._stream) else None
         # of every evaluation on record, by (step, split)
         self._scalars = {(step, split): found for step, split, found in earlier}
@@ -88,15 +99,16 @@ class Log:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(failed=kind is not None)
 
     @property
-    def tensorboard(self) -> str:
-        """Where TensorBoard events go, or how to get them; for the start-up summary."""
-        if self._events is None:
-            return "off (pip install tensorboardX to have it)" if not _installed() else "off"
-        return str(self.path.parent / "tensorboard")
+    def tracked(self) -> list[tuple[str, str]]:
+        """The trackers, and where each shows the run; for the start-up summary."""
+        rows = [(label, sink.where) for label, sink in self._sinks.items()]
+        missing = not kinds.installed(kinds.TensorBoard())
+        hint = " (pip install tensorboardX to have it)" if missing else ""
+        return rows or [("TensorBoard", f"off{hint}")]
 
     def mark(self, step: int) -> None:
         """Restarts the clock of the rate: what passed before is not training (a compilation, say).
@@ -112,9 +124,7 @@ class Log:
         self._file.close()
         self._begin(step)
         self._scalars = {at: found for at, found in self._scalars.items() if at[0] <= step}
-        if self._events is not None:
-            self._events.close()
-            self._events = _events(self.path.parent / "tensorboard", step, True)
+        self._track(lambda sink: sink.rewind(step))
         self._mark = self._start = None
 
     def train(self, step: int, values: Mapping[str, Any]) -> None:
@@ -176,12 +186,15 @@ class Log:
             self._live.stop()
             self._live = None
 
-    def close(self) -> None:
-        """Ends the live line and closes the files. May be called twice."""
+    def close(self, failed: bool = False) -> None:
+        """Ends the live line and closes the files. May be called twice.
+
+        Args:
+          failed: the run ends by an error, which trackers show.
+        """
         self.finished()
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        self._track(lambda sink: sink.close(failed))
+        self._sinks = {}
         with suppress(OSError):  # every line was flushed, and raised if it could not be
             self._file.close()
 
@@ -209,14 +222,15 @@ class Log:
             storage.persistent(self._file.flush)()
             if os.fstat(self._file.fileno()).st_nlink == 0:
                 raise UserError(f"{self.path} was removed while the run wrote it: start anew")
-        if self._events is not None:
-            finite = {k: v for k, v in values.items() if np.ndim(v) == 0 and np.isfinite(v)}
-            scalars = {f"{split}/{name}": float(value) for name, value in finite.items()}
+        named = _named(split, _scalars(values))
+        self._track(lambda sink: sink.write(step, named))
+
+    def _track(self, action: Callable[[kinds.Sink], None]) -> None:
+        for sink in self._sinks.values():
             try:
-                self._events.write(step, scalars)
-            except OSError as error:
-                self._events = None
-                self.warn(f"TensorBoard's events end at step {step:,}: {error.strerror}")
+                action(sink)
+            except kinds.Lost as lost:
+                self.warn(f"{lost}")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -350,57 +364,10 @@ def _plain(value: Any) -> Any:
 
 def _nan(value: Any) -> Any:
     if isinstance(value, list):
+        if value and isinstance(value[0], int) and None not in value:  # a row of counts: quickly
+            return value
         return [_nan(item) for item in value]
     return math.nan if value is None else value
-
-
-# TensorBoard
-
-
-def _installed() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("tensorboardX") is not None
-
-
-def _events(folder: Path, first_step: int, wanted: bool | None) -> Any:
-    if wanted is False or (wanted is None and not _installed()):
-        return None
-    if not _installed():
-        raise UserError("TensorBoard events need tensorboardX: pip install tensorboardX")
-    with storage.explained(f"cannot write {folder}"):
-        return _Events(folder, first_step)
-
-
-class _Events:
-    """Events in a file of their own, written at once.
-
-    tensorboardX's SummaryWriter hands them to a thread, which ends at the first error of storage;
-    and then whoever goes on to fill its queue waits for ever.
-    """
-
-    def __init__(self, folder: Path, first_step: int):
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self._event, self._scalar = Event, summary.scalar
-        storage.make_folder(folder)
-        self._file = EventsWriter(str(folder / "events"))
-        # Readers drop what an earlier attempt wrote beyond the restored step.
-        start = SessionLog(status=SessionLog.START)
-        after = Event(wall_time=time.time(), step=first_step + 1, session_log=start)
-        self._file.write_event(after)
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            summary = self._scalar(name, value)
-            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
-        self._file.flush()
-
-    def close(self) -> None:
-        with suppress(OSError):  # every event was flushed, and complained of if it could not be
-            self._file.close()
 
 
 # The terminal
@@ -460,6 +427,15 @@ def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
         name: math.nan if value is None else float(value)
         for name, value in values.items()
         if np.ndim(value) == 0 and not isinstance(value, str)
+    }
+
+
+def _named(split: str, scalars: Mapping[str, float]) -> dict[str, float]:
+    """Those that are finite, as trackers are handed them."""
+    return {
+        f"{split}/{name}": value
+        for name, value in scalars.items()
+        if name not in ("step", "time") and math.isfinite(value)
     }
 
 

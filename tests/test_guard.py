@@ -75,7 +75,7 @@ def train(
         Checkpoints(folder / "checkpoints", description={}, keep=ex.keep) as saved,
     ):
         state, step = saved.restore(p.abstract_state()) or (p.start(), 0)
-        options: dict[str, Any] = {"examples_per_step": B, "tensorboard": False}
+        options: dict[str, Any] = {"examples_per_step": B, "trackers": ()}
         with Log_(folder, total_steps=p.steps, first_step=step, **options) as log:
             log.kill_at = kill_at
             return fit(p, state, saved, log, interrupt, stop_at)

@@ -19,7 +19,7 @@ from jaxeco.log import Log, read_metrics, table
 
 
 def make(folder, **options):
-    options = {"total_steps": 100, "examples_per_step": 32, "tensorboard": False} | options
+    options = {"total_steps": 100, "examples_per_step": 32, "trackers": ()} | options
     return Log(folder, stream=options.pop("stream", io.StringIO()), **options)
 
 
@@ -240,30 +240,6 @@ def test_tables_align():
     assert table("empty", []).splitlines() == ["empty", "-----"]
 
 
-def test_tensorboard_events_can_be_read_back(tmp_path):
-    pytest.importorskip("tensorboardX")
-    with make(tmp_path, tensorboard=None) as log:
-        assert log.tensorboard == str(tmp_path / "tensorboard")
-        log.train(10, {"loss": 0.5})
-        log.evaluation(10, "test", {"loss": 0.25, "per_class": [1.0]})
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    content = file.read_bytes()
-    assert b"train/loss" in content and b"test/loss" in content and b"per_class" not in content
-    with make(tmp_path) as log:
-        assert log.tensorboard.startswith("off")
-    assert "tensorflow" not in sys.modules
-
-
-def test_without_tensorboard(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxeco.log._installed", lambda: False)
-    with make(tmp_path, tensorboard=None) as log:
-        log.train(1, {"loss": 1.0})
-        assert "pip install" in log.tensorboard
-    assert not (tmp_path / "tensorboard").exists()
-    with pytest.raises(UserError, match="pip install"):
-        make(tmp_path, tensorboard=True)
-
-
 def test_what_cannot_be_written_or_read_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: Not a directory"):
@@ -287,7 +263,7 @@ SCRIPT = """
 import sys, warnings
 from jaxeco.log import Log
 assert "rich" not in sys.modules
-with Log(sys.argv[1], total_steps=3, examples_per_step=8, tensorboard=False) as log:
+with Log(sys.argv[1], total_steps=3, examples_per_step=8, trackers=()) as log:
     for step in (1, 2, 3):
         log.train(step, {"loss": 0.5, "accuracy": 0.25})
     log.evaluation(3, "test", {"accuracy": 1.0})

@@ -297,7 +297,7 @@ def test_what_counts_as_better(
     name = "loss" if mode == "min" else "accuracy"
     ex = experiment(best=f"test/{name}", patience=patience, eval_every=Steps(1))
     p = plan(ex, jax.devices()[:1])
-    options: dict[str, Any] = {"total_steps": 9, "examples_per_step": 1, "tensorboard": False}
+    options: dict[str, Any] = {"total_steps": 9, "examples_per_step": 1, "trackers": ()}
     with Log(tmp_path, **options) as log:
         for step, value in enumerate(values, 1):
             log.evaluation(step, "test", {name: value})

@@ -30,7 +30,7 @@ SUMS = {"loss": metrics.Mean(jnp.zeros(1), jnp.ones(1))}
 
 def log_to(folder: Path) -> tuple[Log, io.StringIO]:
     stream = io.StringIO()
-    options: dict[str, Any] = {"examples_per_step": 8, "tensorboard": False}
+    options: dict[str, Any] = {"examples_per_step": 8, "trackers": ()}
     return Log(folder, total_steps=9, stream=stream, **options), stream
 
 
