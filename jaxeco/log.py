@@ -19,6 +19,7 @@ import re
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -230,7 +231,7 @@ class Log:
             try:
                 action(sink)
             except kinds.Lost as lost:
-                self.warn(f"{lost}")
+                warnings.warn(str(lost), stacklevel=2)  # heard of a member of a population, too
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
