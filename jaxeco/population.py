@@ -32,7 +32,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxeco import folder as folders
-from jaxeco import hosts, outcome, parallel
+from jaxeco import hosts, outcome, parallel, trackers
 from jaxeco.checkpoint import Checkpoints
 from jaxeco.config import Loaded
 from jaxeco.data.pipeline import Feed, fits
@@ -137,7 +137,7 @@ def train(
 
 
 def check(ex: Experiment) -> None:
-    """Raises UserError if an experiment cannot be a member of a population."""
+    """Raises UserError if an experiment cannot be a member of a population, or be tracked."""
     for words, wrong in (
         ("several processes", hosts.count() > 1),
         (f"mesh={ex.mesh}", ex.mesh != type(ex.mesh)()),
@@ -149,6 +149,7 @@ def check(ex: Experiment) -> None:
                 f"{words} is for a single run: many at once share the devices among them, each"
                 " on one; leave it out, or start the runs one by one"
             )
+    trackers.check(ex.trackers)
 
 
 # Groups
