@@ -109,7 +109,8 @@ function beginCurves() {
   }
   metric.onchange = log.onchange = show;
   table.addEventListener("arranged", show);
-  let width = 0; // phones are turned
+  show();
+  let width = panels.clientWidth; // phones are turned
   new ResizeObserver(() => {
     if (panels.clientWidth !== width) { width = panels.clientWidth; show(); }
   }).observe(panels);
@@ -201,7 +202,7 @@ function plotted(name, curves, log, width) {
     draw("text", { x: Math.min(x(value), width - 20), y: height - 6, "text-anchor": "middle" },
       value.toLocaleString("en")));
   for (const c of curves) {
-    const colour = `fill: var(--s${c.i})`, points = [];
+    const fill = `fill: var(--s${c.i})`, points = [];
     for (const [from, to] of stretches(c.mean, fits)) {
       const at = (values, i) => `${x(c.steps[i]).toFixed(1)},${y(values[i]).toFixed(1)}`;
       const there = Array.from({ length: to - from }, (_, k) => from + k);
@@ -210,11 +211,12 @@ function plotted(name, curves, log, width) {
         const edge = there.filter((i) => fits(c.low[i]) && fits(c.high[i]));
         const upper = edge.map((i) => at(c.high, i)), lower = edge.map((i) => at(c.low, i));
         const around = [...upper, ...lower.reverse()].join(" ");
-        svg.append(draw("polygon", { class: "band", points: around, style: colour }));
+        svg.append(draw("polygon", { class: "band", points: around,
+          style: `${fill}; stroke: var(--s${c.i})` }));
       }
       points.push(draw("polyline", { class: "mean", points: path, style: stroke(c.i) }));
       if (c.mean.length <= 40) points.push(...there.map((i) => draw("circle",
-        { cx: x(c.steps[i]), cy: y(c.mean[i]), r: 2.5, style: colour })));
+        { cx: x(c.steps[i]), cy: y(c.mean[i]), r: 2.5, style: fill })));
     }
     svg.append(...points);
   }

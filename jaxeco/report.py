@@ -34,9 +34,9 @@ CLASSES = 25  # of a confusion matrix that is drawn as a table
 LETTERS = 5000  # of a file of samples
 WIDTH, HEIGHT = 1000, 2000  # of a picture at most, pixels
 DOUBTFUL = {  # ways to end, and what that means for a mean
-    "diverged": ", which is left out and flatters the rest",
-    "interrupted": ": counts as far as it came",
-    "unfinished": ": counts as far as it came",
+    "diverged": "left out, which flatters the rest",
+    "interrupted": "counted as far as they came",
+    "unfinished": "counted as far as they came",
 }
 
 
@@ -225,24 +225,26 @@ Content = Sequence[Markup]
 
 def warnings(settings: Sequence[Setting]) -> Content:
     """What should keep a reader from believing the numbers as they are."""
-    said: list[str] = []
+    doubts: dict[str, list[str]] = {}  # and of which settings
     for setting in settings:
-        doubts = []
+        said = []
         ended = Counter[str](told.run.ended for told in setting.runs)
         for how, what in DOUBTFUL.items():
             if ended[how]:
-                doubts.append(f"{ended[how]} of {len(setting.runs)} {how}{what}")
+                said.append(f"{ended[how]} of {_counted(len(setting.runs), 'run')} {how}: {what}")
         seeds = Counter(told.run.seed for told in setting.runs)
         if twice := [str(seed) for seed, n in seeds.items() if n > 1]:
-            doubts.append(f"of seed {', '.join(twice)} only the last run counts")
+            said.append(f"of seed {', '.join(twice)} only the last run counts")
         paths = differing([told.environment for told in setting.runs])
         if paths := [path for path in paths if path.split(".")[0] in ("versions", "code", "data")]:
-            doubts.append(f"its runs differ in {', '.join(paths)}")
-        if doubts:
-            said.append(f"{setting.label}: {'; '.join(doubts)}")
-    if single := [setting.label for setting in settings if len(setting.counted) == 1]:
-        said.append(f"a single run, so that nothing tells how sure it is: {_some(single)}")
-    return [tag("ul", (tag("li", line) for line in said))] if said else ()
+            said.append(f"its runs differ in {', '.join(paths)}")
+        if len(setting.counted) == 1:
+            said.append("a single run: nothing tells how sure its numbers are")
+        for doubt in said:
+            doubts.setdefault(doubt, []).append(setting.label)
+    if not doubts:
+        return ()
+    return [tag("ul", (tag("li", f"{_some(labels)}: {said}") for said, labels in doubts.items()))]
 
 
 def settings_table(settings: Sequence[Setting], metrics: Sequence[str], direction: str) -> Content:
@@ -250,7 +252,7 @@ def settings_table(settings: Sequence[Setting], metrics: Sequence[str], directio
     first, *others = metrics
 
     def row(setting: Setting) -> Iterator[object]:
-        n, of = len(setting.finals(first)), len(setting.runs)
+        n, of = len(setting.finals(first) or setting.counted), len(setting.runs)
         yield setting.label
         yield Cell(f"{n}" if n == of else f"{n} of {of}", n)
         yield _mean(setting, first)
@@ -308,11 +310,13 @@ def differences(settings: Sequence[Setting]) -> Content:
 
 def confusion(settings: Sequence[Setting]) -> Content:
     """Of each setting the mean over its runs of their last matrices."""
-    return _folded(
+    said = "Means over runs. Row: truth. Column: prediction. Shade: share of the row."
+    matrices = _folded(
         (f"{setting.label}: {split}, {_counted(len(found), 'run')}", _matrix(found, classes))
         for setting in settings
         for split, (found, classes) in _matrices(setting).items()
     )
+    return [tag("p", said), *matrices] if matrices else ()
 
 
 def _matrices(setting: Setting) -> dict[str, tuple[list[np.ndarray], Sequence[str]]]:
@@ -350,9 +354,7 @@ def _matrix(found: Sequence[np.ndarray], classes: Sequence[str]) -> Markup:
         tag("tr", tag("th", name, scope="row"), (cell(i, j) for j in range(k)))
         for i, name in enumerate(names)
     )
-    caption = tag(
-        "caption", "Row: truth. Column: prediction. Shade: share of the row. Mean of runs."
-    )
+    caption = tag("caption", "Truth by row, prediction by column")
     whole = tag("table", caption, tag("thead", head), tag("tbody", body), class_="matrix")
     return tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label="Matrix")
 
@@ -399,15 +401,13 @@ def resources(settings: Sequence[Setting]) -> Content:
 
     def row(setting: Setting) -> Iterator[object]:
         yield setting.label
-        seconds = sum(told.seconds for told in setting.runs)
-        yield _shown(seconds, ",.1f")
-        yield _shown(seconds / len(setting.runs), ",.1f")
+        yield _shown(statistics.median(told.seconds for told in setting.runs), ",.1f")
         yield _shown(middle(setting, "train/examples_per_second"), ",.0f")
         yield _shown(middle(setting, "train/data_wait"), ".1%")
         yield ", ".join(dict.fromkeys(told.environment["devices"] for told in setting.runs))
 
-    said = "Rates are medians over all lines of the logs."
-    head = ["setting", "seconds of all runs", "of one", "examples per second", "waits for data"]
+    said = "Medians, of seconds over runs, of rates over all lines of their logs."
+    head = ["setting", "seconds", "examples per second", "waits for data"]
     return tag("p", said), table("Resources", [*head, "devices"], map(row, settings))
 
 
@@ -499,7 +499,8 @@ def _counted(n: int, what: str) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _mean(setting: Setting, metric: str) -> Cell | None:
