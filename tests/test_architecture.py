@@ -22,7 +22,7 @@ FLOORS = [
     ["experiment"],
     ["optim", "data", "models", "losses", "ranking", "ondisk", "trackers"],
     ["metrics", "onednn", "schedules", "sharding"],
-    "axes culprit description hosts markup runtime stats storage timeline trees".split(),
+    "axes culprit description hosts markup runtime stats storage threefry timeline trees".split(),
     ["errors"],
 ]
 HEIGHT = {name: -floor for floor, names in enumerate(FLOORS) for name in names}

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxeco import axes, onednn
+from jaxeco import axes, onednn, threefry
 
 Initializer = Callable[..., jax.Array]
 Activation = Literal["relu", "sigmoid", "tanh", "gelu"]
@@ -326,5 +326,5 @@ class Dropout(nn.Module):
         keep = 1 - self.rate
         keys_B = axes.example_keys(self.make_rng("dropout"), x.shape[0])
         # In float32 whatever x is, so that the mask does not depend on the precision of a run.
-        draw = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], jnp.float32))
+        draw = jax.vmap(lambda key: threefry.uniform(key, x.shape[1:]))
         return jnp.where(draw(keys_B) < keep, x / jnp.asarray(keep, x.dtype), 0)
