@@ -1,7 +1,7 @@
 """Runs as one page that can be read anywhere: python -m jaxeco.report FOLDER ... [-o FILE]
 
 The page loads nothing and needs nothing but itself. What it says comes from the runs' folders: no
-experiment's code runs. Its frame is `report.html`, `report.css` and `report.js` beside this file.
+experiment's code runs.
 """
 
 import argparse
@@ -541,6 +541,7 @@ def _text(value: Any) -> str:
 
 
 def _beside(name: str) -> str:
+    """One of the three files that are the page's frame."""
     return (Path(__file__).parent / name).read_text()
 
 

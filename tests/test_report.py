@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -362,6 +363,13 @@ def test_mistakes_are_one_line(
         report.main(words)
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_needs_no_jax() -> None:
+    heavy = "jax", "scipy", "PIL"
+    code = f"import jaxeco.report, sys; print([m for m in {heavy} if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "[]\n"
 
 
 def test_numbers_and_tags() -> None:
