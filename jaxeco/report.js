@@ -40,7 +40,7 @@ for (const table of document.querySelectorAll("table.sorts")) {
     button.onclick = () => sort(table, heads, column);
     head.append(button);
   });
-  if (table.tBodies[0].rows.length > 1) addFilter(table);
+  if (table.tBodies[0].rows.length > 2) addFilter(table);
 }
 
 function sort(table, heads, column) {

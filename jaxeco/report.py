@@ -346,7 +346,8 @@ def _matrix(found: Sequence[np.ndarray], classes: Sequence[str]) -> Markup:
         said = f"{names[i]} taken for {names[j]}: {share:.1%}"
         shade = f"--shade:{np.sqrt(share):.2f}"  # the root: rare mistakes are what one looks for
         strong = "strong" if share > 0.8 else None
-        count = format(counts_KxK[i, j], ".3g" if counts_KxK[i, j] < 100 else ".0f")
+        n = counts_KxK[i, j]
+        count = format(n, ".2g" if n < 10 else ".3g" if n < 100 else ".0f")
         return tag("td", count, style=shade, title=said, class_=strong)
 
     head = tag("tr", tag("td"), (tag("th", name, scope="col") for name in names))
