@@ -41,6 +41,8 @@ class Pair:
     """Two settings: the one that is ahead, and the other.
 
     Attributes:
+      found: by how much the one ahead is better than the one behind, whichever way that is; of n,
+        the first is of the one behind.
       p: corrected for the number of pairs (Holm).
       needed: runs of each with which a difference of this size is found 4 times in 5; None: more
         than are worth it, or it cannot be said.
@@ -238,7 +240,7 @@ def compared(
     """Each setting with each that comes after it; they are sorted, the best first.
 
     Args:
-      lower: less is better. What is found is by how much the one ahead is better, either way.
+      lower: less is better.
     """
     both = list(itertools.combinations(settings, 2))
     found = []

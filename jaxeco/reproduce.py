@@ -3,8 +3,10 @@
 import argparse
 import difflib
 import math
+import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -105,7 +107,7 @@ def planned(file: Path, claims: Sequence[Claim], seeds: int | None, workdir: Pat
         before, members = [], []
         for seed in range(seeds or max(claim.n for claim in group)):
             own = [*words, f"seed={seed}"]
-            folder = workdir / ",".join(own).replace("/", "-")
+            folder = workdir / re.sub(r"[^\w.,=+-]", "_", ",".join(own))
             if after:
                 argument, _, name = after.partition("=")
                 first = config.load(file.parent / name, [f"seed={seed}"])
@@ -151,7 +153,8 @@ def reproduced(trials: Sequence[Trial], resume: bool, alpha: float) -> int:
     with Interrupt() as interrupt:
         for stage in (list(first.values()), then):
             if stage and not interrupt.signal:
-                outcomes += population.train(stage, resume=resume, interrupt=interrupt, said=print)
+                said = partial(print, flush=True)
+                outcomes += population.train(stage, resume=resume, interrupt=interrupt, said=said)
     if interrupt.signal:
         print(f"{interrupt.signal.name}: --resume goes on")
         return interrupt.exit_status

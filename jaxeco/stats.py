@@ -140,7 +140,7 @@ def compare(
         error, effect = standard_error(*short), hedges_g(*short)
     if test == "t" and error and error[0]:
         name = "paired t" if paired else "Welch's t" if min(n) > 1 else "t of one run"
-        p, low, high = t_test(difference, *error, alpha)
+        p, low, high = t_test(difference, error[0], error[1], alpha)
         return Comparison(n, difference, low, high, p, name, paired, effect, 0.0)
     p, low, high, least = _permutations(x_N, y_M, paired, alpha, NOISE * scale)
     name = "permutations of pairs" if paired else "permutations"
@@ -274,12 +274,16 @@ def _quantile(df: float, confidence: float) -> float:
 
 
 def _found(shift: float, df: float, alpha: float) -> float:
-    """The chance that |t| is significant, where t is shifted by so many standard errors."""
+    """The chance that |t| is significant, where t is shifted by so many standard errors.
+
+    The tails of noncentral t, as the mean over the estimated sd's quantiles of what is normal given
+    that sd: scipy's nctdtr is NaN where they are far away.
+    """
     from scipy import special
 
-    limit = _quantile(df, 1 - alpha)
-    shift = min(shift, 37.0)  # beyond, scipy's sums may underflow; to find less is on the safe side
-    return float(special.nctdtr(df, shift, -limit) + 1 - special.nctdtr(df, shift, limit))
+    levels_Q = (np.arange(2000) + 0.5) / 2000
+    limit_Q = _quantile(df, 1 - alpha) * np.sqrt(special.gammaincinv(df / 2, levels_Q) * 2 / df)
+    return float(np.mean(special.ndtr(shift - limit_Q) + special.ndtr(-shift - limit_Q)))
 
 
 def _bca(x_N: np.ndarray, confidence: float) -> tuple[float, float]:
@@ -298,7 +302,8 @@ def _bca(x_N: np.ndarray, confidence: float) -> tuple[float, float]:
     acceleration = (away_N**3).sum() / (6 * (away_N**2).sum() ** 1.5)
     z = math.sqrt(n / (n - 1)) * _quantile(n - 1, confidence)
     ends = bias + np.array([-z, z])
-    low, high = np.quantile(means_R, special.ndtr(bias + ends / (1 - acceleration * ends)))
+    shrunk = np.maximum(1 - acceleration * ends, 1e-9)  # at 0 the end is the farthest mean
+    low, high = np.quantile(means_R, special.ndtr(bias + ends / shrunk))
     return float(low), float(high)
 
 

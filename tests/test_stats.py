@@ -205,10 +205,19 @@ def test_runs_needed_are_those_of_cohens_table(effect: float, n: int) -> None:
 
 def test_power_and_its_inverse() -> None:
     assert stats.power(0.5, 64, paired=False) == pytest.approx(0.8015, abs=5e-5)
+    for effect, n in ((0.3, 4), (1.0, 2), (2.0, 3), (0.2, 100)):
+        limit, shift = theirs.t.ppf(0.995, n - 1), effect * math.sqrt(n)
+        expected = theirs.nct.cdf(-limit, n - 1, shift) + theirs.nct.sf(limit, n - 1, shift)
+        assert stats.power(effect, n, paired=True, alpha=0.01) == pytest.approx(expected, abs=1e-4)
+    assert stats.power(1e4, 300, paired=True, alpha=1e-6) == 1  # where nct.cdf is NaN
     assert stats.runs_needed(0.5, paired=True) == 34  # as for one sample
     assert stats.runs_needed(0.0, paired=True) is None
     assert stats.runs_needed(0.2, paired=False, most=100) is None
     assert stats.noticeable(math.sqrt(2 / 64), 126) == pytest.approx(0.499, abs=1e-3)
+    # of 2 degrees of freedom an sd is below s times the true one with chance 1 - exp(-s²)
+    limit, shift = theirs.t.ppf(0.995, 2), stats.noticeable(1.0, 2, alpha=0.01)
+    drawn = np.random.default_rng(0).normal(shift, size=100_000) / limit
+    assert np.mean(1 - np.exp(-(drawn**2))) == pytest.approx(0.8, abs=1e-3)
     rng = np.random.default_rng(1)  # ten pairs, of which the differences' mean is 1 sd
     found = [stats.compare(np.zeros(10), rng.normal(1, size=10), paired=True) for _ in range(1000)]
     rate = np.mean([c.p <= 0.05 for c in found])
