@@ -125,7 +125,8 @@ class Study:
         # the storage's users may not see each other's folders
         self._remote = url is not None
         self._turns = _turns(self._url)
-        self._seen: dict[str, tuple[Any, float]] = {}  # workers elsewhere: number, since when
+        # of workers elsewhere: the count, since when, and whether it has moved before our eyes
+        self._seen: dict[str, tuple[Any, float, bool]] = {}
         self.worker = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         about = json.loads(json.dumps(about))  # as it comes back
         with self._turn():
@@ -185,22 +186,23 @@ class Study:
 
     def report(self, one: Asked, evaluation: int, value: float) -> None:
         """Records what a trial has come to at an evaluation, counted from 1."""
-        with self._turn(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a trial that goes on may have reported it before
+        with self._turn():
             if self._ours(one):
-                one.trial.report(value, evaluation)
+                _report(one, evaluation, value)
 
     def judged(self, one: Asked) -> bool:
         """Whether the pruner, or the loss of it to another worker, ends a trial here."""
         with self._turn():
             return not self._ours(one) or one.trial.should_prune()
 
-    def complete(self, one: Asked, values: Sequence[float]) -> None:
-        """Ends a trial by the finite values of its seeds."""
+    def complete(self, one: Asked, evaluations: int, values: Sequence[float]) -> None:
+        """Ends a trial by the finite values of its seeds, after so many evaluations."""
         with self._turn():
             if self._ours(one):
+                mean = math.fsum(values) / len(values)
+                _report(one, evaluations, mean)
                 one.trial.set_user_attr("values", list(values))
-                self._study.tell(one.trial, math.fsum(values) / len(values))
+                self._study.tell(one.trial, mean)
 
     def pruned(self, one: Asked, why: str = "") -> None:
         """Ends a trial that was pruned, or has failed: then `why` says of what."""
@@ -296,11 +298,11 @@ class Study:
         if not self._remote:
             return False  # whoever shares the folder has its file there from its start on
         now, beat = time.monotonic(), self._study.user_attrs.get(f"worker {worker}")
-        known = worker in self._seen
-        if not known or self._seen[worker][0] != beat:
-            self._seen[worker] = (beat, now)
-            return True if known else None
-        return None if now - self._seen[worker][1] < SILENCE else False
+        last, since, moved = self._seen.get(worker, (None, now, False))
+        if worker not in self._seen or last != beat:
+            since, moved = now, worker in self._seen
+            self._seen[worker] = (beat, since, moved)
+        return False if now - since > SILENCE else (moved or None)
 
     def _beat(self) -> None:
         for count in itertools.count():
@@ -464,6 +466,12 @@ def points(name: str, dimensions: Sequence[Dimension]) -> Callable[[int], Mappin
         return (sequence.fast_forward(i) if i else sequence).random()[0]
 
     return lambda i: {d.name: d.at(float(u)) for d, u in zip(dimensions, in_cube(i))}
+
+
+def _report(one: Asked, evaluation: int, value: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a trial that goes on may have reported it before
+        one.trial.report(value, evaluation)
 
 
 def _counts(trial: optuna.trial.FrozenTrial) -> bool:

@@ -227,7 +227,16 @@ def choose(name: str, workdir: Path | None, resume: bool, storage: str | None) -
 
 
 def train(search: Search, study: "Study", asked: "Sequence[Asked]", interrupt: "Interrupt") -> None:
-    """Trains a batch of trials as one population, and tells the study what they came to."""
+    """Trains a batch of trials as one population, and tells the study what they came to.
+
+    A trial that cannot be trained, since its batch is above the data, say, or memory too small for
+    it, has failed, and the others of the batch have not: they are tried by halves.
+
+    Raises:
+      UserError: what is wrong is not a trial's: the disk is full, say.
+    """
+    import jax
+
     from jaxeco import population
 
     owners: list[Asked] = []  # of each member
@@ -240,40 +249,24 @@ def train(search: Search, study: "Study", asked: "Sequence[Asked]", interrupt: "
             continue
         members += theirs
         owners += [one] * len(theirs)
-    outcomes: list[Outcome] = []
-    while members:
+    try:
         judge = Judge(study, search, owners, members)
-        try:
-            outcomes = population.train(
-                members, resume=True, interrupt=interrupt, said=say, stop=judge.stop
-            )
-            break
-        except UserError:
-            unfit = refused(owners, members)
-            if not unfit:
-                raise
-            for number, why in unfit.items():
-                fail(study, next(one for one in owners if one.number == number), why)
-            fit = [i for i, one in enumerate(owners) if one.number not in unfit]
-            owners, members = [owners[i] for i in fit], [members[i] for i in fit]
+        outcomes = population.train(
+            members, resume=True, interrupt=interrupt, said=say, stop=judge.stop
+        )
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, NoNumber) or isinstance(error.__cause__, OSError):
+            raise
+        distinct = list(dict.fromkeys(owners))
+        if len(distinct) == 1:
+            fail(study, distinct[0], str(error).splitlines()[0])
+            return
+        half = len(distinct) // 2
+        train(search, study, distinct[:half], interrupt)
+        train(search, study, distinct[half:], interrupt)
+        return
     for one in dict.fromkeys(owners):
-        theirs_too = [o for o, owner in zip(outcomes, owners) if owner is one]
-        settle(search, study, one, theirs_too)
-
-
-def refused(owners: "Sequence[Asked]", members: "Sequence[Member]") -> dict[int, str]:
-    """Trials that cannot be trained by themselves, by number, and why: a batch above the data."""
-    import jax
-
-    from jaxeco.plan import plan
-
-    found = {}
-    for one, member in dict(zip(owners, members)).items():
-        try:
-            plan(member.loaded.experiment, jax.local_devices()[:1])
-        except UserError as error:
-            found[one.number] = str(error)
-    return found
+        settle(search, study, one, [o for o, owner in zip(outcomes, owners) if owner is one])
 
 
 def settle(search: Search, study: "Study", one: "Asked", outcomes: "Sequence[Outcome]") -> None:
@@ -298,13 +291,18 @@ def settle(search: Search, study: "Study", one: "Asked", outcomes: "Sequence[Out
     if not all(map(math.isfinite, values)):
         fail(study, one, f"{search.metric} is {next(v for v in values if not math.isfinite(v))}")
         return
-    study.complete(one, values)
+    every, _ = cadence(search.plan, outcomes[0].member.loaded.experiment)
+    study.complete(one, math.ceil(max(o.step for o in outcomes) / every), values)
     say(f"trial {one.number}: {search.metric} {shown(values)}")
 
 
 def fail(study: "Study", one: "Asked", why: str) -> None:
     study.pruned(one, why)
     say(f"trial {one.number}: failed: {why}")
+
+
+class NoNumber(UserError):
+    """The metric cannot be compared."""
 
 
 class Judge:
@@ -337,7 +335,7 @@ class Judge:
             every, total = self._cadences[i]
             one, evaluation = self._owners[i], math.ceil(step / every)
             if self._search.metric not in found:
-                raise UserError(f"--metric {self._search.metric} is not a single number")
+                raise NoNumber(f"--metric {self._search.metric} is not a single number")
             values = self._values.setdefault((one.number, evaluation), [])
             values.append(found[self._search.metric])
             mean = math.fsum(values) / len(values)

@@ -294,7 +294,7 @@ def test_a_value_that_is_not_finite_never_wins(tmp_path: Path) -> None:
     args = (tmp_path, None, dimensions, "min", "random", "halving", 9, {"a": 1})
     with study.Study(*args) as one:
         good, bad = one.ask(2, 2)
-        one.complete(good, [0.5, 0.7])
+        one.complete(good, 9, [0.5, 0.7])
         one.report(bad, 1, 0.1)
         one.pruned(bad, "the loss is nan at step 3")
         rows = one.rows()
@@ -355,3 +355,44 @@ def test_workers_share_a_study_and_one_is_killed(tiny: Path) -> None:
     kept = [[(row["lr"], row["folder"]) for row in rows] for rows in (lost, new)]
     assert len(kept[0]) == 2 and sorted(kept[0]) == sorted(kept[1])
     assert len(list(folder.glob("trial=*"))) == 6
+
+
+def test_a_worker_elsewhere_is_dead_when_it_counts_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers with folders of their own, which share a database alone."""
+    monkeypatch.setattr(study, "BEAT", 0.1)
+    monkeypatch.setattr(study, "SILENCE", 1.5)
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+
+    def worker(name: str) -> study.Study:
+        folder = tmp_path / name / "sweep"
+        folder.mkdir(parents=True)
+        dimensions = space.parse(["x=uniform(0,1)"])
+        return study.Study(folder, url, dimensions, "max", "random", "none", 3, {})
+
+    here = worker("here")
+    with worker("there") as there:
+        (gone,) = there.ask(1, 3)
+        there.report(gone, 1, 0.25)
+        with here:
+            assert len(here.ask(8, 3)) == 2  # of three in all
+            deadline = time.monotonic() + 10
+            while here.undecided() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            time.sleep(2 * study.SILENCE)
+            assert not here.undecided() and here.ask(8, 3) == []  # it lives, and has its trial
+            there.__exit__()
+            assert here.undecided() is False  # it was heard of a moment ago
+            deadline = time.monotonic() + 30
+            while not (found := here.ask(8, 3)) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            (again,) = found
+            assert again.params == gone.params and again.folder == gone.folder
+            # it was not dead after all: what it says does not count
+            assert there.judged(gone)
+            there.complete(gone, 3, [1.0])
+            here.complete(again, 3, [0.5])
+            rows = {row.number: row for row in here.rows()}
+            assert len(rows) == 3 and rows[again.number].value == 0.5
+            assert rows[again.number].evaluations == 2  # with that before
