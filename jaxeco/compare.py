@@ -195,7 +195,7 @@ def settled(
                 f"has no finite {metric}{' at a best step' * (at == 'best')} and is left out",
             ),
             ([run for run in good if run not in kept], "has the seed of one that counts already"),
-            ([run for run in kept if run.ended in ("interrupted", "unfinished")], "is unfinished"),
+            ([run for run in kept if _cut_short(run)], "is unfinished"),
         ):
             if which:
                 more = f" and {len(which) - 1} more" * (len(which) > 1)
@@ -206,6 +206,12 @@ def settled(
     if not settings:
         raise UserError(f"none of these runs has a finite {metric}; {'; '.join(warnings)}")
     return settings, [*warnings, *_unlike(settings, metric)]
+
+
+def _cut_short(run: Run) -> bool:
+    """Whether a run is not at its end, be it that somebody, or a sweep, has stopped it."""
+    patient = run.record["resolved"]["patience"] is not None
+    return run.ended != "complete" and not (run.ended == "stopped early" and patient)
 
 
 def _value(run: Run, metric: str, at: str) -> float:

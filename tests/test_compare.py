@@ -209,6 +209,16 @@ def test_what_makes_runs_hard_to_compare(
     assert sorted(s["n"] for s in shown["settings"]) == [2, 5]
 
 
+def test_a_run_that_a_sweep_has_stopped_is_unfinished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    population(tmp_path / "a", [0.9, 0.91])
+    make_run(tmp_path / "a" / "stopped", 0.7, seed=2, step=40)
+    path = tmp_path / "a" / "stopped" / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ended": "stopped"}))
+    assert f"1 of 3 runs, {path.parent}, is unfinished" in said(capsys, tmp_path / "a")
+
+
 def test_nothing_is_said_of_runs_that_compare(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
