@@ -14,6 +14,7 @@ M: members of a group, U: seeds among them, n: steps of a call, B: examples of a
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +57,8 @@ How = Literal["mapped", "in turn"]
 COMPUTED = ("preprocess", "augment", "model", "loss", "eval_loss", "optimizer", "clip_norm")
 # What has a slow way, or none, for several kernels at once.
 SINGLE = ("conv_general_dilated", "ffi_call")
+# Steps of a call of a mapped program: in fewer the host is felt, in more interrupts wait.
+SHORTEST, LONGEST = 8, 50
 MEMBERS = "members"  # the axis of a mesh that shares them out
 
 
@@ -331,8 +334,6 @@ class Mapped:
             for split, data in p.evals.items()
         }
 
-    LONGEST = 50  # steps of a call: short steps would wait for the host otherwise
-
     def call(self, step: int, n: int) -> Any:
         """Takes n steps; returns what `sums` reads later."""
         fed_nxU = self.feeds.fed(step, n)
@@ -418,8 +419,6 @@ class InTurn:
             split: Evaluator(p.ex, data, self._evaluation(split), jax.jit, place)
             for split, data in p.evals.items()
         }
-
-    LONGEST = 1  # a call of a single run
 
     def call(self, step: int, n: int) -> Any:
         fed_nxU = self.feeds.fed(step, n)
@@ -597,6 +596,27 @@ class Run:
             )
         )
 
+    def ends(
+        self, step: int, done: bool, evaluated: bool, stop: Stop
+    ) -> tuple[outcome.Ended, str] | None:
+        """Whether the member ends at this step, how, and why."""
+        ex = self.member.ex
+        if step >= self.plan.steps:
+            return "complete", ""
+        if done:
+            return "interrupted", "it goes on with --resume"
+        if evaluated and stop(self.i, step, self.scores):
+            return "stopped", ""
+        if evaluated and stalled(self.plan, self.log) is not None:
+            return "stalled", f"no better {ex.best} for {ex.patience} evaluations"
+        return None
+
+    def at_its_best(self) -> bool:
+        """Whether no evaluation was better than the latest, whose checkpoint is to be kept then."""
+        ex = self.member.ex
+        values = [value for _, value in self.log.history(ex.best)] if ex.best else []
+        return bool(values) and values[-1] == (max if ex.best_mode == "max" else min)(values)
+
     def end(self, step: int, ended: outcome.Ended, why: str = "") -> None:
         """Writes what the member has come to, and closes what is open."""
         self.ended, self.why, self.step = ended, why, step
@@ -671,7 +691,8 @@ def fit(
         stretch.steps(p.steps_per_epoch) for stretch in (ex.eval_every, ex.save_every, ex.log_every)
     )
     end = min(p.steps, stop_at or p.steps)
-    grids = every_eval, every_save, every_log, max(ex.steps_per_call, program.LONGEST)
+    longest = max(LONGEST, ex.steps_per_call)
+    stride = common_stride((every_eval, every_save, p.steps), every_log, longest)
     step = seen = first
     pending: list[Any] = []
     progress = Progress(said, p, first)
@@ -731,31 +752,33 @@ def fit(
                 evaluate()
                 evaluated = not interrupt.asked()
             done = step >= end or interrupt.asked()
-            if done or evaluated or (step > first and step % every_save == 0):
+            saves = done or (step > first and step % every_save == 0)
+            if saves or evaluated:
                 report()
-                for i, run in going_on():
-                    state = program.member(i)
-                    if not all_finite(state.params):
-                        run.end(step, "diverged", f"the parameters are not finite at step {step}")
-                        continue
+            for i, run in going_on():
+                ends = run.ends(step, done, evaluated, stop)
+                if not (saves or ends or (evaluated and run.at_its_best())):
+                    continue
+                state = program.member(i)
+                if not all_finite(state.params):
+                    ends = "diverged", f"the parameters are not finite at step {step}"
+                else:
                     scored = run.scores if evaluated and p.evaluates_at(step) else {}
                     run.checkpoints.save(state, scored, step=step)
-            for _, run in going_on():
-                if step >= p.steps:
-                    run.end(step, "complete")
-                elif done:
-                    run.end(step, "interrupted", "it goes on with --resume")
-                elif evaluated and stop(run.i, step, run.scores):
-                    run.end(step, "stopped")
-                elif evaluated and stalled(run.plan, run.log) is not None:
-                    run.end(step, "stalled", f"no better {ex.best} for {ex.patience} evaluations")
+                if ends:
+                    run.end(step, *ends)
             which = [i for i, _ in going_on()]
             if which and len(which) <= len(runs) // 2:
                 report()
                 program, runs = program.keep(which), [runs[i] for i in which]
             if not which:
                 return
-            n = min(end, *(step - step % grid + grid for grid in grids)) - step
+            n = p.call_length(step, end)  # as alone
+            if part.group.how == "mapped":
+                n = (
+                    min(end, *(step - step % g + g for g in (stride, every_eval, every_save)))
+                    - step
+                )
             sums = program.call(step, n)
             if pending and step // every_log > seen // every_log:
                 report()
@@ -763,6 +786,24 @@ def fit(
             step += n
     finally:
         program.close()
+
+
+def common_stride(ends: Sequence[int], every_log: int, longest: int) -> int:
+    """How many steps a call takes, so that as few lengths as possible have to be compiled.
+
+    Calls end where something is due. A divisor of all these steps makes all calls alike; if the
+    log's steps are too odd for that, its lines come a little late; if the others are, calls are cut
+    short there.
+
+    Args:
+      ends: steps whose multiples no call may pass.
+    """
+    for grids in ((*ends, every_log), ends):
+        whole = math.gcd(*grids)
+        stride = max(n for n in range(1, min(longest, whole) + 1) if whole % n == 0)
+        if stride >= SHORTEST:
+            return stride
+    return longest
 
 
 class Progress:

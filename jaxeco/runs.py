@@ -151,9 +151,10 @@ def find(path: Path) -> list[Run]:
     """
     if not path.is_dir():
         raise UserError(f"no such folder: {path}; expected that of a run, or one that holds runs")
-    for depth in range(DEEPEST + 1):
-        if folders := sorted(file.parent for file in path.glob("*/" * depth + RECORD)):
-            return [read(folder) for folder in folders]
+    depths = range(DEEPEST + 1)
+    folders = {file.parent for depth in depths for file in path.glob("*/" * depth + RECORD)}
+    if folders:
+        return [read(folder) for folder in sorted(folders)]
     raise UserError(f"{path} holds no run: no {RECORD} in it, nor in the folders below it")
 
 

@@ -1,12 +1,13 @@
 """How cost grows: plots and fitted slopes of step time, compile time, memory and start-up.
 
-    python scripts/bench_growth.py             # all; --only step, compile, memory or start
+    python scripts/bench_growth.py             # all; --only step, members, compile, memory or start
     python scripts/bench_growth.py --redraw    # table and picture from docs/bench/growth.json
 
 Writes docs/bench/growth.json, docs/images/growth.png and a section of docs/benchmarks.md. A part
 that runs replaces its own results and leaves the others'.
 
 - step: the compiled training step of a small network, on noise, against one of its sizes.
+- members: a step of each of many runs at once, against their number: mapped, and in turn.
 - compile: tracing and compiling that step against depth, layers one by one and scanned over.
 - memory: what the step needs beside its arguments, as XLA plans it, against the batch, with and
   without `remat`.
@@ -55,6 +56,7 @@ from jaxeco.data.tokens import Present, Windows
 from jaxeco.experiment import Experiment, MeshShape, Steps
 from jaxeco.plan import Plan, plan
 from jaxeco.plots import COLOURS
+from jaxeco.population import LONGEST, WAYS, Group, How
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/bench/growth.json"
@@ -234,6 +236,45 @@ def step() -> Iterator[Curve]:
         yield Curve("step time", "ms", axis, UNITS[axis], name, work, sizes, times)
 
 
+POPULATIONS: tuple[tuple[str, Callable[..., Plan], tuple[int, ...]], ...] = (
+    ("MLP", mlp, (1, 4, 16, 64, 256)),
+    ("ResNet", resnet, (1, 2, 4, 8, 16)),
+    ("GPT", gpt, (1, 2, 4, 8, 16)),
+)
+
+
+def per_round(p: Plan, how: How, members: int) -> Callable[[], float]:
+    """An action that gives the time in ms in which each of so many members takes a step."""
+    experiments = tuple(replace(p.ex, seed=seed) for seed in range(members))
+    group = Group(tuple(range(members)), p, experiments, (), how)
+    program, step = WAYS[how](group, [p.of(ex).start() for ex in experiments]), 0
+
+    n_steps = LONGEST if how == "mapped" else 1
+
+    def calls(n: int) -> float:
+        nonlocal step
+        began = time.perf_counter()
+        for _ in range(n):
+            sums = program.call(step, n_steps)
+            step += n_steps
+        jax.block_until_ready(sums)
+        return time.perf_counter() - began
+
+    calls(1)
+    n = max(1, round(SECONDS / min(calls(1), calls(1))))
+    return lambda: calls(n) / n / n_steps * 1e3
+
+
+def members() -> Iterator[Curve]:
+    for name, build, sizes in POPULATIONS:
+        for how in WAYS:
+            said(f"a step of many {name}s, {how}")
+            actions = [per_round(build(), how, size) for size in sizes]
+            times = in_turn(actions, REPEATS)
+            label = f"{name}, {how}"
+            yield Curve("a step of all", "ms", "members", "runs", label, 1, sizes, times)
+
+
 def lowered(p: Plan) -> Any:
     """A step, traced."""
     feed = p.feed()
@@ -382,7 +423,13 @@ def start() -> Iterator[Curve]:
         yield Curve(f"start-up, {use} use", "s", "decoded data", "MiB", kind, work, sizes, times)
 
 
-PARTS = {"step": step, "compile": compile_time, "memory": memory, "start": start}
+PARTS = {
+    "step": step,
+    "members": members,
+    "compile": compile_time,
+    "memory": memory,
+    "start": start,
+}
 
 
 # What is written
@@ -461,6 +508,12 @@ STYLES = {
     "MLP": (COLOURS[0], "o"),
     "ResNet": (COLOURS[1], "s"),
     "GPT": (COLOURS[2], "^"),
+    "MLP, mapped": (COLOURS[0], "o"),
+    "MLP, in turn": (COLOURS[0], "D"),
+    "ResNet, mapped": (COLOURS[1], "s"),
+    "ResNet, in turn": (COLOURS[1], "D"),
+    "GPT, mapped": (COLOURS[2], "^"),
+    "GPT, in turn": (COLOURS[2], "D"),
     "one by one": (COLOURS[0], "o"),
     "one by one, remat": (COLOURS[1], "s"),
     "scan_layers": (COLOURS[2], "^"),
@@ -490,7 +543,7 @@ def draw(drawn: Sequence[Curve], path: Path) -> None:
             bars = [y - [min(found) for found in curve.y], [max(found) for found in curve.y] - y]
             label = f"{curve.name}: {signed(fit)}"
             look = {"color": color, "marker": marker, "markersize": 5, "capsize": 2}
-            if "remat" in curve.name:  # a ring shows what it lies upon
+            if "remat" in curve.name or "in turn" in curve.name:  # a ring shows what it lies upon
                 look |= {"fillstyle": "none", "markersize": 8}
             axes.errorbar(x, y, yerr=bars, linestyle="", elinewidth=1, label=label, **look)
             axes.plot(x, fit.scale * x**fit.slope, linewidth=1, alpha=0.6, color=color)

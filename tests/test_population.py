@@ -275,3 +275,16 @@ def test_a_dry_run_shows_the_groups(file: Path, capsys: pytest.CaptureFixture[st
         "2 members mapped\n  width=8,seed=0\n  width=8,seed=1\n"
     )
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("ends", "every_log", "stride"),
+    [
+        ((110, 220, 660), 50, 10),
+        ((468, 468, 2340), 100, 39),  # gcd with the log's is 4: too short
+        ((461, 461, 2305), 100, 50),  # a prime number of steps: calls are cut short at its end
+        ((12, 12, 12), 2, 12),
+    ],
+)
+def test_calls_are_alike_where_they_can_be(ends, every_log: int, stride: int) -> None:
+    assert population.common_stride(ends, every_log, 50) == stride
