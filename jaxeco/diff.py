@@ -124,7 +124,8 @@ class Curve:
         lines = _count(self.lines, "line")
         if self.exact is None:
             return f"the same to the bit ({lines})"
-        before = f"(equal to the bit before, {_count(self.exact.before, 'line')})"
+        before = f"equal to the bit before, {_count(self.exact.before, 'line')}"
+        before = f"({before})" if self.exact.before else "(the first line)"
         if self.beyond is None:
             return f"the same within {rtol:g} ({lines}); bits part at {self.exact} {before}"
         if self.beyond == self.exact:
@@ -263,7 +264,7 @@ class Diff:
         if self.reasons:
             return f"they differ: {'; '.join(self.reasons)}"
         if self.parting:
-            return f"they agree within {self.rtol:g}, to the bit before step {self.parting.step:,}"
+            return f"they agree within {self.rtol:g}; bits part at step {self.parting.step:,}"
         return "they agree to the bit"
 
     @property

@@ -295,6 +295,12 @@ class MLflow:
 
 
 class _MLflowSession:
+    # its own is two minutes a call, seven more attempts, and two lines as a run ends
+    ENVIRONMENT: ClassVar = {
+        "HTTP_REQUEST_TIMEOUT": "15",
+        "HTTP_REQUEST_MAX_RETRIES": "2",
+        "SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }
     METRICS, PARAMS = 1000, 100  # that MLflow takes in one call
     LONGEST = 500  # letters of a parameter's value
 
@@ -303,9 +309,8 @@ class _MLflowSession:
 
     @classmethod
     def opened(cls, tracker: MLflow, run: Run) -> Opened:
-        # MLflow's own: two minutes a call, and seven more attempts
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(OPENING // 2))
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        for name, value in cls.ENVIRONMENT.items():
+            os.environ.setdefault(f"MLFLOW_{name}", value)
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient

@@ -234,7 +234,7 @@ def test_beyond_the_tolerance_and_in_bits(
     assert text.splitlines()[-3:] == ["in one of the steps 21 to 30; to take one anew:", *commands]
     text = said(capsys, 0, a, b, "--rtol", "0.2")
     assert f"test/loss      the same within 0.2 (4 lines); {bits}\n" in text
-    assert "\nthey agree within 0.2, to the bit before step 20\n" in text
+    assert "\nthey agree within 0.2; bits part at step 20\n" in text
     data = found(capsys, 1, a, b)["metrics"]["test/loss"]
     assert data["beyond"] == {
         "step": 30, "after": 20, "a": 0.5, "b": 0.6, "entry": "", "before": 2
@@ -260,6 +260,8 @@ def test_lines_of_training_are_compared_over_the_same_steps_only(
     assert "test/loss   the same to the bit (2 lines)" in text
     a_has, b_has = "a has 10, 20, 30, ..., 60", "b has 20, 30, 60"
     assert f"train: 1 line in common: {a_has}; {b_has}; a line is the mean of" in text
+    later = make(tmp_path / "later", [line(30, loss=9.0), *tests[1:]])
+    assert "parts at step 30: 0.03333 and 9 (the first line)\n" in said(capsys, 1, a, later)
     c = make(tmp_path / "c", training(20, 40, 60))
     text = said(capsys, 1, a, c)
     assert "metrics: none to compare\n  train: 0 lines in common" in text
