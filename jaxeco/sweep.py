@@ -229,8 +229,9 @@ def choose(name: str, workdir: Path | None, resume: bool, storage: str | None) -
 def train(search: Search, study: "Study", asked: "Sequence[Asked]", interrupt: "Interrupt") -> None:
     """Trains a batch of trials as one population, and tells the study what they came to.
 
-    A trial that cannot be trained, since its batch is above the data, say, or memory too small for
-    it, has failed, and the others of the batch have not: they are tried by halves.
+    A trial that cannot be trained, since its batch is above the data, say, or the memory too small
+    for it, has failed. The others of the batch have not: which it was is found out by halves, where
+    a plan does not show it.
 
     Raises:
       UserError: what is wrong is not a trial's: the disk is full, say.
@@ -258,15 +259,34 @@ def train(search: Search, study: "Study", asked: "Sequence[Asked]", interrupt: "
         if isinstance(error, NoNumber) or isinstance(error.__cause__, OSError):
             raise
         distinct = list(dict.fromkeys(owners))
-        if len(distinct) == 1:
-            fail(study, distinct[0], str(error).splitlines()[0])
-            return
         half = len(distinct) // 2
-        train(search, study, distinct[:half], interrupt)
-        train(search, study, distinct[half:], interrupt)
+        unfit = refused(owners, members)
+        if not unfit and not half:
+            unfit = {distinct[0]: str(error).splitlines()[0]}
+        for one, why in unfit.items():
+            fail(study, one, why)
+        fit = [one for one in distinct if one not in unfit]
+        for part in [fit] if unfit else [distinct[:half], distinct[half:]]:
+            if part:
+                train(search, study, part, interrupt)
         return
     for one in dict.fromkeys(owners):
         settle(search, study, one, [o for o, owner in zip(outcomes, owners) if owner is one])
+
+
+def refused(owners: "Sequence[Asked]", members: "Sequence[Member]") -> "dict[Asked, str]":
+    """Trials that a plan refuses, and why."""
+    import jax
+
+    from jaxeco.plan import plan
+
+    found = {}
+    for one, member in dict(zip(owners, members)).items():
+        try:
+            plan(member.loaded.experiment, jax.local_devices()[:1])
+        except UserError as error:
+            found[one] = str(error)
+    return found
 
 
 def settle(search: Search, study: "Study", one: "Asked", outcomes: "Sequence[Outcome]") -> None:
@@ -372,6 +392,8 @@ def conclude(search: Search, study: "Study") -> None:
     rows = study.rows()
     record(search, study)
     say("\n" + table(count(rows), listed(search, rows)) + "\n")
+    if left := sum(row.state in ("running", "waiting") for row in rows):
+        say(f"{left} trials are under way or waiting: the same command with --resume takes them up")
     first = sweep_plots.best(rows, search.direction)
     if first is None:
         if rows and all(row.state == "failed" for row in rows):
@@ -391,8 +413,6 @@ def conclude(search: Search, study: "Study") -> None:
     if (path := search.folder / "best.py").exists():
         say(f"  python -m jaxeco.run {path}")
     say("It is the best of many, and in part by luck: run it with seeds of its own to know.")
-    if left := sum(row.state in ("running", "waiting") for row in rows):
-        say(f"{left} trials are under way or waiting: the same command with --resume takes them up")
 
 
 def count(rows: "Sequence[Row]") -> str:

@@ -7,6 +7,7 @@ triangle: otherwise a few bad trials would hide how the good ones differ.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +21,23 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE = plots.COLOURS[:2]
 PALE = "#8c959f"
-SHOWN = 0.7  # this share of the complete trials lies within the scale, and all that are better
+SHOWN = 0.7  # this share of the trials lies within the scale: those that are better
 
 
 def history(rows: Sequence["Row"], metric: str, direction: str, path: Path) -> None:
-    """The value of each trial, in the order in which they were asked, and the best so far."""
+    """The value of each trial, in the order in which they were asked, and the best so far.
+
+    At least one is complete.
+    """
     figure = plots._figure(7.2, 3.8)
     axes = figure.subplots()
     scale = _scale(rows, direction)
     _trials(axes, [(row.number, row) for row in rows], scale, "Blues", None)
-    done = [row for row in rows if row.state == "complete" and row.value is not None]
-    pick = max if direction == "max" else min
-    best = [pick(r.value for r in done[: i + 1] if r.value is not None) for i in range(len(done))]
-    numbers = [row.number for row in done]
-    axes.step(numbers, best, where="post", color=ORANGE, linewidth=1.4, label="best so far")
+    done = [(r.number, r.value) for r in rows if r.state == "complete" and r.value is not None]
+    so_far = list(accumulate((v for _, v in done), max if direction == "max" else min))
+    numbers = [*(number for number, _ in done), rows[-1].number]
+    line = {"color": ORANGE, "linewidth": 1.4, "label": "best so far"}
+    axes.step(numbers, [*so_far, so_far[-1]], where="post", **line)
     for i, row in enumerate(r for r in rows if r.state == "failed"):
         label = "failed" if i == 0 else None
         axes.axvline(row.number, 0, 0.05, color=plots.WRONG, linewidth=1.4, label=label)
@@ -80,24 +84,27 @@ def parallel(
     direction: str,
     path: Path,
 ) -> None:
-    """A line for each complete trial through its values; the better, the darker."""
+    """A line for each trial through its values; the better, the darker; pruned ones pale."""
     figure = plots._figure(max(1.7 * (len(dimensions) + 1) + 0.8, 5.0), 4.0)
     axes = figure.subplots()
-    done = sorted(
-        (row for row in rows if row.state == "complete" and row.value is not None),
-        key=lambda row: (row.value or 0.0) * (1 if direction == "max" else -1),
-    )
+    sign, first = (1 if direction == "max" else -1), best(rows, direction)
     low, high = _scale(rows, direction)
     from matplotlib import colormaps
 
     columns = range(len(dimensions) + 1)
-    for i, row in enumerate(done):
-        value = min(max(row.value or 0.0, low), high)
-        heights = [_place(d, row.params[d.name]) for d in dimensions]
-        heights.append((value - low) / (high - low))
-        first = i == len(done) - 1
-        colour = ORANGE if first else colormaps["Blues"](0.25 + 0.7 * i / max(len(done) - 1, 1))
-        axes.plot(columns, heights, color=colour, linewidth=2.2 if first else 1.0, alpha=0.9)
+    for row in rows:
+        if row.value is None:
+            continue
+        height = (min(max(row.value, low), high) - low) / (high - low)
+        heights = [*(_place(d, row.params[d.name]) for d in dimensions), height]
+        quality = height if sign > 0 else 1 - height
+        style: dict[str, Any] = {"color": PALE, "linewidth": 0.6, "alpha": 0.5, "zorder": 1}
+        if row.state == "complete":
+            shade = colormaps["Blues"](0.25 + 0.7 * quality)
+            style = {"color": shade, "linewidth": 1.1, "zorder": 2 + quality}
+        if first is not None and row.number == first.number:
+            style = {"color": ORANGE, "linewidth": 2.2, "zorder": 4}
+        axes.plot(columns, heights, **style)
     names = [d.name for d in dimensions]
     scales = [_ticks(d) for d in dimensions]
     scales.append(([0.0, 0.5, 1.0], [f"{low + u * (high - low):.4g}" for u in (0, 0.5, 1)]))
@@ -174,12 +181,8 @@ def _trials(
 
 
 def _scale(rows: Sequence["Row"], direction: str) -> tuple[float, float]:
-    """From the value that SHOWN of the complete trials reach, or the other way round, to the best.
-
-    Without complete trials, of those that were pruned.
-    """
-    values = [row.value for row in rows if row.value is not None and row.state == "complete"]
-    values = values or [row.value for row in rows if row.value is not None] or [0.0]
+    """From the value that SHOWN of the trials reach to the best, or the other way round."""
+    values = [row.value for row in rows if row.value is not None] or [0.0]
     worst = float(np.quantile(values, 1 - SHOWN if direction == "max" else SHOWN))
     low, high = (worst, max(values)) if direction == "max" else (min(values), worst)
     room = 0.05 * (high - low) or abs(high) * 0.01 or 1.0
