@@ -25,7 +25,6 @@ from jaxeco.errors import UserError
 
 RECORD = "run.json"
 RESULT = "result.json"
-POPULATION = "population.json"  # of many runs that were started as one; theirs are within
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"  # says who runs here
 TOKENIZER = "tokenizer.json"  # of a run on text
@@ -55,7 +54,7 @@ def choose(name: str, workdir: Path | None, resume: bool) -> Path:
         taken = {}
         for there in Path("runs").glob(f"{glob.escape(name)}*"):
             match = re.fullmatch(re.escape(name) + r"(?:-(\d+))?", there.name)
-            if match and any((there / record).exists() for record in (RECORD, POPULATION)):
+            if match and recorded(there):
                 taken[int(match[1] or 1)] = there
         if resume and taken:
             return taken[max(taken)]
@@ -70,8 +69,11 @@ def choose(name: str, workdir: Path | None, resume: bool) -> Path:
 
 def holds_run(folder: Path) -> bool:
     """Whether there is a run in the folder, or many that were started as one."""
-    records = any((folder / record).exists() for record in (RECORD, POPULATION))
-    return records or any(folder.glob(f"{CHECKPOINTS}/*"))
+    return recorded(folder) or any(folder.glob(f"{CHECKPOINTS}/*"))
+
+
+def recorded(folder: Path) -> bool:
+    return (folder / RECORD).exists() or any(folder.glob(f"*/{RECORD}"))
 
 
 @contextlib.contextmanager

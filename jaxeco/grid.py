@@ -9,9 +9,7 @@ Each is an ordinary run, in a folder of its own below that of all: runs/<name>/l
 import csv
 import io
 import itertools
-import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,8 +82,6 @@ def run(
     folder = folders.choose(every[0].ex.name, workdir, resume)
     with folders.locked(folder):
         all_members = [replace(member, folder=folder / member.folder) for member in every]
-        described = {"command": sys.argv[1:], "runs": [m.folder.name for m in all_members]}
-        folders.write(folder / folders.POPULATION, json.dumps(described, indent=2) + "\n")
         print(f"{len(all_members)} runs of {file} in {folder}", flush=True)
         with Interrupt() as interrupt:
             outcomes = train(

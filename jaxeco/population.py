@@ -563,9 +563,13 @@ class Run:
     def settled(self) -> bool:
         """Whether the member has come to an end before from which it does not go on."""
         result = folders.read_result(self.member.folder)
-        if result is None or result["ended"] not in ("stopped", "diverged"):
+        if result is None or "ended" not in result:
             return False
-        self.ended, self.step, self.why = result["ended"], result["step"], "it was so before"
+        complete = result["ended"] == "complete" and result["step"] >= self.plan.steps
+        if not complete and result["ended"] not in ("stopped", "diverged"):
+            return False
+        why = "" if complete else "it was so before"
+        self.ended, self.step, self.why = result["ended"], result["step"], why
         self.scores = {
             f"{split}/{name}": value
             for split in self.plan.evals

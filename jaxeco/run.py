@@ -43,6 +43,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         metavar="lr=0.1,0.3",
         help="a run for each value; twice: for every combination",
     )
+    add("--lr-find", action="store_true", help="try rising learning rates in 200 steps: which?")
     add("--together", choices=("mapped", "in-turn"), help="how many runs train (default: chosen)")
     add("--dry-run", action="store_true", help="show the resolved experiment and its cost only")
     add(
@@ -84,6 +85,12 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error(f"--seeds {options.seeds}: expected at least 1")
     if options.together and not options.many:
         parser.error("--together is for many runs: with --seeds or --grid")
+    if options.lr_find:
+        given = {"--seeds": options.seeds, "--grid": options.grid, "--resume": options.resume}
+        given |= {"--steps": options.steps, "--dry-run": options.dry_run}
+        given |= {"--profile": options.profile is not None}
+        if surplus := " and ".join(word for word, value in given.items() if value):
+            parser.error(f"--lr-find is a test of its own: leave out {surplus}")
     if options.many:
         given = {"--profile": options.profile is not None, "--multihost": options.multihost}
         given["--coordinator"] = options.coordinator is not None
@@ -121,8 +128,10 @@ def main(words: list[str]) -> int:
     if options.many:
         return many(options)
     loaded = config.load(options.file, options.assignments)
-    from jaxeco import session  # from here on JAX is awake
+    from jaxeco import lr_find, session  # from here on JAX is awake
 
+    if options.lr_find:
+        return lr_find.run(loaded, options.workdir)
     if options.dry_run:
         return session.dry_run(loaded)
     return session.run(loaded, options.workdir, options.resume, options.steps, options.profile)

@@ -179,6 +179,7 @@ def test_some_end_and_the_others_do_not_notice(file: Path, how: population.How) 
     result = json.loads((found[2].folder / "result.json").read_text())
     assert (result["ended"], result["step"], result["of"]) == ("stopped", 6, 12)
     again = trained(found, resume=True, how=how)
+    assert [o.scores for o in again] == [o.scores for o in outcomes]
     assert [(o.step, o.ended) for o in again] == [(o.step, o.ended) for o in outcomes]
 
 
