@@ -416,8 +416,14 @@ class Populations:
         for side, members in zip("ab", self.alone):
             said += [f"only in {side}: {run.folder}" for run in members]
         apart = [diff for diff in self.pairs.values() if diff.reasons or diff.parting]
+        differ = sum(bool(diff.reasons) for diff in apart)
+        alone = _count(sum(map(len, self.alone)), "run")
+        said += [
+            "",
+            f"of {_count(len(self.pairs), 'pair')} {differ or 'none'} differ; {alone} alone",
+        ]
         for diff in apart[:1]:
-            said += ["", f"more of a pair: python -m jaxeco.diff {diff.a.folder} {diff.b.folder}"]
+            said.append(f"more of a pair: python -m jaxeco.diff {diff.a.folder} {diff.b.folder}")
         return said
 
     def json(self) -> dict[str, Any]:

@@ -300,16 +300,25 @@ def test_members_are_paired_by_setting_and_seed(
     a = population(tmp_path / "a", [0.1, 0.3])
     b = population(tmp_path / "b", [0.3, 0.1])
     assert said(capsys, 0, a, b).splitlines() == [
-        f"lr={rate} seed={seed}: they agree to the bit" for rate in (0.1, 0.3) for seed in (0, 1)
+        *(
+            f"lr={rate} seed={seed}: they agree to the bit"
+            for rate in (0.1, 0.3)
+            for seed in (0, 1)
+        ),
+        "",
+        "of 4 pairs none differ; 0 runs alone",
     ]
     with (b / "lr=0.3,seed=1" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(line(40, "train", loss=9.0)) + "\n")
     shown = said(capsys, 1, a, b).splitlines()
     assert shown[3] == "lr=0.3 seed=1: they differ: train/loss parts at step 40: 0.025 and 9"
+    assert shown[-2] == "of 4 pairs 1 differ; 0 runs alone"
     assert shown[-1].endswith(f"jaxeco.diff {a}/lr=0.3,seed=1 {b}/lr=0.3,seed=1")
     c = population(tmp_path / "c", [0.1])
     assert said(capsys, 1, a, c).splitlines()[2:] == [
-        f"only in a: {a}/lr=0.3,seed={seed}" for seed in (0, 1)
+        *(f"only in a: {a}/lr=0.3,seed={seed}" for seed in (0, 1)),
+        "",
+        "of 2 pairs none differ; 2 runs alone",
     ]
     data = found(capsys, 1, c, a)
     assert data["only"] == {"a": [], "b": [f"{a}/lr=0.3,seed={seed}" for seed in (0, 1)]}
