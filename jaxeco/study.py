@@ -49,6 +49,7 @@ from jaxeco.errors import UserError
 from jaxeco.space import Choice, Dimension, Value
 
 BEAT, SILENCE = 20.0, 120.0  # s: between two signs of life, and without one until death
+ALONE, DEADLY = 2, 3  # workers that died with a trial until it is asked for alone; has failed
 REDUCTION = 3  # of successive halving: this part of the trials survives each rung
 Direction = Literal["max", "min"]
 
@@ -117,8 +118,7 @@ class Study:
         about: Mapping[str, Any],
     ):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._dimensions, self._sampler = tuple(dimensions), sampler
-        self._direction, self._folder = direction, folder
+        self._dimensions, self._sampler, self._folder = tuple(dimensions), sampler, folder
         self.name = folder.resolve().name
         own = folder.resolve() / "study.db"
         self._url = url or f"sqlite:///{own}"
@@ -165,7 +165,8 @@ class Study:
     def ask(self, most: int, trials: int) -> list[Asked]:
         """Up to `most` trials to train, such that the study comes to at most `trials` that count.
 
-        Those lost by other workers come first, as they were.
+        Those lost by other workers come first, as they were; one that several workers have died
+        with comes alone, since it may be what they died of.
         """
         with self._turn():
             self._recover()
@@ -173,10 +174,14 @@ class Study:
             asked: list[Asked] = []
             while len(asked) < most:
                 here = self._all()
-                waiting = any(t.state == TrialState.WAITING for t in here)
-                if not waiting and sum(_counts(t) for t in here) >= trials:
+                waiting = [t for t in here if t.state == TrialState.WAITING]
+                if not waiting and sum(map(_counts, here)) >= trials:
                     break
-                asked.append(self._ask())
+                alone = bool(waiting) and _deaths(waiting[0]) >= ALONE
+                if not (alone and asked):
+                    asked.append(self._ask())
+                if alone:
+                    break
             counted = [t.number for t in self._all() if _counts(t)]
             surplus = set(sorted(counted)[trials:])  # where others asked at the same moment
             for one in asked:
@@ -214,7 +219,7 @@ class Study:
     def give_back(self, one: Asked) -> None:
         """Leaves a trial to whoever asks next."""
         with self._turn():
-            self._lose(one.number)
+            self._lose(self._all()[one.number], death=False)
 
     def undecided(self) -> bool:
         """Whether a trial's worker may be dead, or has just been found to be: then ask again."""
@@ -264,21 +269,28 @@ class Study:
             if t.state == TrialState.RUNNING:
                 worker = t.user_attrs.get("worker", "")
                 if worker != self.worker and self._lives(worker) is False:
-                    self._lose(t.number)
+                    self._lose(t, death=True)
 
-    def _lose(self, number: int) -> None:
-        """A trial no longer counts; one with its parameters, folder and measurements waits."""
+    def _lose(self, lost: optuna.trial.FrozenTrial, death: bool) -> None:
+        """A trial no longer counts; one with its parameters, folder and measurements waits.
+
+        One with which DEADLY workers have died has failed instead.
+        """
         try:
-            lost = self._study.tell(number, state=TrialState.FAIL)
+            self._study.tell(lost.number, state=TrialState.FAIL)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             return  # it has ended meanwhile, or another worker was quicker
         if set(lost.params) < {d.name for d in self._dimensions}:
             return  # killed while it was asked for: another takes its place
+        deaths = _deaths(lost) + death
+        kept = {name: value for name, value in lost.user_attrs.items() if name == "folder"}
+        if failed := deaths >= DEADLY:
+            kept["why"] = f"{deaths} workers died with it: is the memory too small?"
         copy = optuna.trial.create_trial(
-            state=TrialState.WAITING,
+            state=TrialState.PRUNED if failed else TrialState.WAITING,
             params=lost.params,
             distributions=lost.distributions,
-            user_attrs={"folder": lost.user_attrs["folder"]},
+            user_attrs={**kept, "deaths": deaths},
             intermediate_values=lost.intermediate_values,
         )
         self._study.add_trial(copy)
@@ -297,11 +309,12 @@ class Study:
             return False
         if not self._remote:
             return False  # whoever shares the folder has its file there from its start on
-        now, beat = time.monotonic(), self._study.user_attrs.get(f"worker {worker}")
-        last, since, moved = self._seen.get(worker, (None, now, False))
-        if worker not in self._seen or last != beat:
-            since, moved = now, worker in self._seen
-            self._seen[worker] = (beat, since, moved)
+        now, count = time.monotonic(), self._study.user_attrs.get(f"worker {worker}")
+        if worker not in self._seen:
+            self._seen[worker] = (count, now, False)
+        elif count != self._seen[worker][0]:
+            self._seen[worker] = (count, now, True)
+        _, since, moved = self._seen[worker]
         return False if now - since > SILENCE else (moved or None)
 
     def _beat(self) -> None:
@@ -372,11 +385,11 @@ class Points(optuna.samplers.BaseSampler):
 
 
 class Halving(optuna.pruners.BasePruner):
-    """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934) of whole batches.
+    """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934).
 
     A trial that is evaluated for the η^k-th time goes on if it is among the best 1/η of all that
-    were evaluated so often. Those that are trained together come there together, and are compared
-    with each other, too; so none goes on merely because it was the first to be asked about.
+    have been evaluated so often, those that it is trained with included. It is a function of what
+    is stored alone: a trial that another worker takes up is judged alike.
 
     With `brackets` it is Hyperband (Li et al. 2018, algorithm 1): trials are shared out over
     brackets, of which the i-th judges from the η^i-th evaluation on.
@@ -472,6 +485,11 @@ def _report(one: Asked, evaluation: int, value: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a trial that goes on may have reported it before
         one.trial.report(value, evaluation)
+
+
+def _deaths(trial: optuna.trial.FrozenTrial) -> int:
+    """How many workers have died with a trial, under whatever number."""
+    return int(trial.user_attrs["deaths"]) if "deaths" in trial.user_attrs else 0
 
 
 def _counts(trial: optuna.trial.FrozenTrial) -> bool:

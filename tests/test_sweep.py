@@ -337,6 +337,34 @@ def test_a_value_that_is_not_finite_never_wins(tmp_path: Path) -> None:
     assert rows[0].value == pytest.approx(0.6) and rows[1].value is None
 
 
+def test_what_workers_die_of_is_not_tried_for_ever(tmp_path: Path) -> None:
+    """Of two trials, one kills whoever trains it."""
+    dimensions = space.parse(["n=choice(good,bad)"])
+
+    def batch(worker: study.Study) -> list[study.Asked]:
+        """What the worker has to train. It never says what came of it."""
+        with worker:
+            return worker.ask(8, 2)
+
+    def worker() -> study.Study:
+        return study.Study(tmp_path, None, dimensions, "max", "grid", "none", 3, {})
+
+    assert [sorted(str(one.params["n"]) for one in batch(worker())) for _ in range(2)] == [
+        ["bad", "good"], ["bad", "good"]  # they may have been killed by anything
+    ]  # fmt: skip
+    with worker() as alive:
+        (one,) = alive.ask(8, 2)
+        assert one.params == {"n": "good"}
+        alive.complete(one, 3, [1.0])
+    (one,) = batch(worker())
+    assert one.params == {"n": "bad"}
+    with worker() as alive:
+        assert alive.ask(8, 2) == []
+        states = {str(row.params["n"]): (row.state, row.why) for row in alive.rows()}
+    assert states["good"] == ("complete", "")
+    assert states["bad"][0] == "failed" and "3 workers died with it" in states["bad"][1]
+
+
 def started(words: list[str], **environment: str) -> subprocess.Popen[str]:
     """A worker of its own; started as it is, it would start itself anew for large pages."""
     command = [sys.executable, "-m", "jaxeco.sweep", *words]
