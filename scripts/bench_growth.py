@@ -236,20 +236,22 @@ def step() -> Iterator[Curve]:
         yield Curve("step time", "ms", axis, UNITS[axis], name, work, sizes, times)
 
 
-POPULATIONS: tuple[tuple[str, Callable[..., Plan], tuple[int, ...]], ...] = (
-    ("MLP", mlp, (1, 4, 16, 64, 256)),
-    ("ResNet", resnet, (1, 2, 4, 8, 16)),
-    ("GPT", gpt, (1, 2, 4, 8, 16)),
+POPULATIONS: tuple[tuple[str, Callable[..., Plan], tuple[int, ...], int], ...] = (
+    ("MLP", mlp, (1, 4, 16, 64, 256), LONGEST),
+    ("ResNet", resnet, (1, 2, 4, 8), 2),
+    ("GPT", gpt, (1, 2, 4, 8, 16), 10),
 )
 
 
-def per_round(p: Plan, how: How, members: int) -> Callable[[], float]:
-    """An action that gives the time in ms in which each of so many members takes a step."""
+def per_round(p: Plan, how: How, members: int, n_steps: int) -> Callable[[], float]:
+    """An action that gives the time in ms in which each of so many members takes a step.
+
+    Args:
+      n_steps: of a call.
+    """
     experiments = tuple(replace(p.ex, seed=seed) for seed in range(members))
     group = Group(tuple(range(members)), p, experiments, (), how)
     program, step = WAYS[how](group, [p.of(ex).start() for ex in experiments]), 0
-
-    n_steps = LONGEST if how == "mapped" else 1
 
     def calls(n: int) -> float:
         nonlocal step
@@ -266,10 +268,11 @@ def per_round(p: Plan, how: How, members: int) -> Callable[[], float]:
 
 
 def members() -> Iterator[Curve]:
-    for name, build, sizes in POPULATIONS:
+    for name, build, sizes, n in POPULATIONS:
         for how in WAYS:
             said(f"a step of many {name}s, {how}")
-            actions = [per_round(build(), how, size) for size in sizes]
+            steps = n if how == "mapped" else 1
+            actions = [per_round(build(), how, size, steps) for size in sizes]
             times = in_turn(actions, REPEATS)
             label = f"{name}, {how}"
             yield Curve("a step of all", "ms", "members", "runs", label, 1, sizes, times)
