@@ -14,9 +14,10 @@ import numpy as np
 
 from jaxeco import command, stats
 from jaxeco.claims import is_share
+from jaxeco.description import flatten
 from jaxeco.errors import UserError
 from jaxeco.log import table
-from jaxeco.runs import Run, by_setting, find
+from jaxeco.runs import Run, by_setting, differing, find
 from jaxeco.stats import Comparison, Summary
 
 FEW = 4  # settings, of which all pairs are shown; of more, those with the best
@@ -88,7 +89,7 @@ def main(words: list[str]) -> int:
     metric = options.metric or default_metric(everyone)
     check_metric(metric, everyone)
     settings, warnings = settled(groups, metric, options.at)
-    lower = everyone[0].lower_is_better(metric)
+    lower = less_is_better(metric, everyone)
     settings.sort(key=lambda s: np.mean(s.values) * (1 if lower else -1))
     pairs = compared(settings, lower, options.test, options.alpha, not options.unpaired)
     if options.json:
@@ -172,6 +173,18 @@ def check_metric(metric: str, runs: Iterable[Run]) -> None:
         raise UserError(f"--metric {metric}: these runs have not measured it; {hint}")
 
 
+def less_is_better(metric: str, runs: Iterable[Run]) -> bool:
+    """By the runs that have measured it; others know nothing of it.
+
+    Raises:
+      UserError: they do not agree.
+    """
+    found = {run.lower_is_better(metric) for run in runs if metric in measured(run)}
+    if len(found) > 1:
+        raise UserError(f"{metric}: less is better in some of these runs, more in others")
+    return found.pop()
+
+
 def settled(
     groups: Mapping[str, Sequence[Run]], metric: str, at: str
 ) -> tuple[list[Setting], list[str]]:
@@ -234,6 +247,13 @@ def _unlike(settings: Sequence[Setting], metric: str) -> list[str]:
             if found
         ]
         said.append(f"the numbers of steps differ: {'; '.join(numbers)}")
+    for s in settings:
+        facts = [
+            flatten({k: run.session[k] for k in ("code", "versions") if k in run.session})
+            for run in s.runs
+        ]
+        if paths := differing(facts):
+            said.append(f"{s.label}: its runs differ in {', '.join(paths)}")
     return said
 
 

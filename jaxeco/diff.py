@@ -250,6 +250,9 @@ class Diff:
         found += [f"{curve.metric} parts at {curve.beyond}" for curve in parted[:1]]
         if not self.curves:
             found.append("no metric could be compared")
+        ends = {side: run.ended for side, run in (("a", self.a), ("b", self.b))}
+        if list(ends.values()).count("diverged") == 1:
+            found.append(", ".join(f"{side} {how}" for side, how in ends.items()))
         return found
 
     @property
@@ -263,9 +266,12 @@ class Diff:
     def verdict(self) -> str:
         if self.reasons:
             return f"they differ: {'; '.join(self.reasons)}"
+        far = [_reached(run) for run in (self.a, self.b)]
+        short = f", as far as both have come: step {min(far):,}" * (far[0] != far[1])
         if self.parting:
-            return f"they agree within {self.rtol:g}; bits part at step {self.parting.step:,}"
-        return "they agree to the bit"
+            bits = f"bits part at step {self.parting.step:,}"
+            return f"they agree within {self.rtol:g}{short}; {bits}"
+        return f"they agree to the bit{short}"
 
     @property
     def closer(self) -> list[str]:
@@ -323,11 +329,14 @@ class Diff:
 
 
 def _headline(run: Run) -> str:
-    reached = max((line["step"] for line in run.metrics), default=0)
     of = f" of {run.result['of']:,}" if run.result else ""
     sessions = _count(len(run.record["sessions"]), "session")
-    steps = f"{reached:,}{of} steps in {sessions}"
+    steps = f"{_reached(run):,}{of} steps in {sessions}"
     return f"{run.folder}  {run.name}, seed {run.seed}, {steps}, {run.ended}"
+
+
+def _reached(run: Run) -> int:
+    return max((line["step"] for line in run.metrics), default=0)
 
 
 def _changed(run: Run) -> list[str]:

@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +18,9 @@ from jaxeco.stats import Summary
 if TYPE_CHECKING:
     from jaxeco.experiment import Experiment
     from jaxeco.population import Member, Outcome
+
+
+GROSS = 0.1  # of alpha, for the spread: its test takes rare values for a larger spread
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,8 @@ def judged(claim: Claim, values: Sequence[float], lower: bool, alpha: float) -> 
 
     Two means, each with its sd, are held against each other by Welch's t test. Where the claim or
     the trial is one run, it is held against the spread of the other; where there is no sd at all,
-    against the claim's tolerance. What is within the rounding of the claim confirms it.
+    against the claim's tolerance. What is within the rounding of the claim confirms it; but for
+    runs that spread far more than is claimed, as where some fail: their mean says little.
 
     Args:
       lower: less is better.
@@ -219,6 +223,10 @@ def judged(claim: Claim, values: Sequence[float], lower: bool, alpha: float) -> 
             least = _number(stats.noticeable(*error, alpha), claim)
             how += f"; these runs would show one of {least}{points} 4 times in 5"
     if agree or abs(difference) <= claim.rounding:
+        if claim.sd is not None:
+            rounded = replace(stated, sd=max(claim.sd, claim.rounding))
+            if (p := stats.spread_p(rounded, found)) <= alpha * GROSS:
+                return Verdict("refuted", f"{both}: the runs spread more, p = {p:.1g} (F test)")
         return Verdict("confirmed", f"{both}: {how}")
     if (difference < 0) == lower:
         return Verdict("better", f"{both}: {how}; let it claim that, once you know why")

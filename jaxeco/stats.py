@@ -177,6 +177,15 @@ def t_test(
     return float(p), difference - reach, difference + reach
 
 
+def spread_p(a: Summary, b: Summary) -> float:
+    """One-sided p of b spreading more than a, by Fisher's F; 1 where one of them has no sd."""
+    from scipy import special
+
+    if not a.sd or not b.sd:
+        return float(not b.sd or a.sd is None)
+    return float(special.fdtrc(b.n - 1, a.n - 1, (b.sd / a.sd) ** 2))
+
+
 def hedges_g(a: Summary, b: Summary) -> float | None:
     """The difference of means over the pooled sd, freed of its bias; None without a spread."""
     from scipy import special

@@ -133,6 +133,28 @@ def test_of_a_loss_less_is_better(
     assert "b is better than a by 0.093 (95 % interval 0.079 to 0.108)" in text
 
 
+def test_whether_less_is_better_is_asked_of_runs_that_have_measured_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    brier: dict[str, Any] = {"metric": "test/brier", "best": "test/brier"}
+    other = population(tmp_path / "a", [0.9], lower_is_better=["loss"])  # knows of no brier
+    less = population(tmp_path / "b", [0.4], **brier, lower_is_better=["loss", "brier"])
+    assert "less is better" in said(capsys, other, less, "--metric", "test/brier")
+    more = population(tmp_path / "c", [0.4], **brier, lower_is_better=["loss"])
+    with pytest.raises(UserError, match="less is better in some of these runs"):
+        compare.main([str(less), str(more)])
+
+
+def test_runs_of_one_setting_by_different_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(3):
+        make_run(tmp_path / "a" / f"{seed}", 0.9, seed, code={"experiment": f"{seed // 2}"})
+    assert "warning: a: its runs differ in code.experiment" in said(
+        capsys, tmp_path / "a", population(tmp_path / "b", [0.8], code={"experiment": "0"})
+    )
+
+
 def test_names_that_are_known_to_be_better_when_less() -> None:
     """Of runs that have not recorded it. BitsPerByte needs a tokenizer to be made."""
     classes = [

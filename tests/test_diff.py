@@ -98,6 +98,15 @@ def test_a_run_and_its_repetition(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert said(capsys, 0, *pair) == text
 
 
+def test_a_run_that_is_not_as_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = make(tmp_path / "a"), make(tmp_path / "b", LINES[:2])
+    for pair in ((a, b), (b, a)):
+        last = said(capsys, 0, *pair).splitlines()[-1]
+        assert last == "they agree to the bit, as far as both have come: step 20"
+    (b / "diverged").mkdir()
+    assert said(capsys, 1, a, b).splitlines()[-1] == "they differ: a unfinished, b diverged"
+
+
 @pytest.mark.parametrize(
     ("section", "name", "status", "change"),
     [

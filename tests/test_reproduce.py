@@ -106,6 +106,16 @@ def test_a_run_that_came_to_nothing_refutes() -> None:
     assert outcome == "refuted" and "1 of 3 runs came to no finite value" in why
 
 
+def test_runs_of_which_one_fails_do_not_confirm() -> None:
+    claim = Claim("test/accuracy", 0.9731, 0.0016, n=3, device="CPU")
+    outcome, why = judged(claim, 0.9731, 0.9735, 0.5)  # Welch's p is 0.4
+    assert outcome == "refuted" and "the runs spread more, p = 3e-05 (F test)" in why
+    ratio = stats.f.ppf(0.999, 2, 2) ** 0.5  # at a tenth of alpha
+    for times, expected in ((0.99, "confirmed"), (1.01, "refuted")):
+        spread = times * ratio * claim.sd
+        assert judged(claim, *(0.9731 + spread * i for i in (-1, 0, 1)))[0] == expected
+
+
 @pytest.mark.parametrize(
     ("claim", "expected"),
     [
