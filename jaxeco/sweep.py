@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxeco import command, config, space
+from jaxeco import command, config, space, storage
 from jaxeco.config import Loaded
 from jaxeco.description import describe
 from jaxeco.errors import RunFailed, UserError
@@ -51,7 +51,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("file", type=Path, metavar="FILE", help="the experiment, such as experiments/digits_mlp.py")
     add("assignments", nargs="*", metavar="key=value", help="the same for all trials: epochs=2")
     add("--space", nargs="+", action="extend", required=True, metavar="key=RANGE", help="searched")
-    add("--metric", required=True, metavar="SPLIT/NAME", help="such as valid/accuracy")
+    what = "such as valid/accuracy (default: the experiment's `best`)"
+    add("--metric", metavar="SPLIT/NAME", help=what)
     add("--direction", choices=("max", "min"), help="of the metric (default: as it is known)")
     add("--trials", type=int, metavar="N", help=f"of all workers together ({TRIALS}; a grid: all)")
     add("--seeds", type=int, default=1, metavar="K", help="a trial is the mean of K runs (1)")
@@ -76,7 +77,10 @@ def main(words: list[str]) -> int:
         raise UserError("sweeps need Optuna: pip install 'jaxeco[sweep]', or optuna")
     loaded = config.load(options.file, options.assignments)
     space.check(loaded, dimensions)
-    direction = options.direction or direction_of(loaded.experiment, options.metric)
+    metric = options.metric or loaded.experiment.best
+    if metric is None:
+        raise UserError("the experiment has no `best`: say by --metric what is searched for")
+    direction = options.direction or direction_of(loaded.experiment, metric)
     trials = options.trials or TRIALS
     if options.sampler == "grid":
         points = len(space.grid(dimensions))
@@ -89,9 +93,9 @@ def main(words: list[str]) -> int:
     from jaxeco.study import Study, check_sampler
 
     check_sampler(options.sampler, dimensions)
-    if options.metric.startswith("test/"):
+    if metric.startswith("test/"):
         warnings.warn(
-            f"{options.metric} chooses by the test set, which then no longer tests what is chosen:"
+            f"{metric} chooses by the test set, which then no longer tests what is chosen:"
             " better hold out a part of the training data",
             stacklevel=2,
         )
@@ -103,7 +107,7 @@ def main(words: list[str]) -> int:
         )
     folder = choose(loaded.experiment.name, options.workdir, options.resume, options.storage)
     _make(folder)
-    search = Search(loaded, dimensions, options.metric, direction, options.seeds, folder, p)
+    search = Search(loaded, dimensions, metric, direction, options.seeds, folder, p)
     study = Study(
         folder,
         options.storage and os.path.expandvars(options.storage),  # for a password
@@ -115,7 +119,7 @@ def main(words: list[str]) -> int:
         search.about(),
     )
     rows = [(d.name, word.partition("=")[2]) for d, word in zip(dimensions, options.space)]
-    rows += [("metric", f"{options.metric}, {direction}imum"), ("folder", str(folder))]
+    rows += [("metric", f"{metric}, {direction}imum"), ("folder", str(folder))]
     there = sum(row.state != "waiting" for row in study.rows())
     rows.append(("trials", f"{trials}, of which {there} are there" if there else f"{trials}"))
     say(table(f"a sweep of {options.file}", rows) + "\n")
@@ -375,7 +379,7 @@ def record(search: Search, study: "Study") -> None:
 
     rows = study.rows()
     with _alone(search.folder):
-        _write(search.folder / "results.csv", as_csv(search, rows))
+        storage.write_whole(search.folder / "results.csv", as_csv(search, rows))
         if first := best(rows, search.direction):
             write_best(search, first, rows)
 
@@ -500,8 +504,8 @@ def write_best(search: Search, row: "Row", rows: "Sequence[Row]") -> None:
     try:
         for name, text in folders._sources(found).items():
             if name not in ("experiment.py", "best.py"):
-                _write(search.folder / name, text)
-        _write(part, rewrite.with_defaults(found, said))
+                storage.write_whole(search.folder / name, text)
+        storage.write_whole(part, rewrite.with_defaults(found, said))
         if describe(config.load(part).experiment) != describe(wanted.experiment):
             raise UserError("it comes to another experiment there")
     except UserError as error:
@@ -532,13 +536,6 @@ def _alone(folder: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,13 @@ calls = []
 
 
 class Slow(metrics.Accuracy):
-    """Hangs from its third call on, where a file says so."""
+    """Hangs from its third call on, where a file says so; not for ever."""
 
     def result(self, sums):
         calls.append(1)
-        while len(calls) > 2 and os.path.exists(os.environ.get("HOLD", "/nowhere")):
+        end = time.monotonic() + 500
+        held = os.environ.get("HOLD", "/nowhere")
+        while len(calls) > 2 and os.path.exists(held) and time.monotonic() < end:
             time.sleep(0.1)
         return super().result(sums)
 
@@ -274,6 +276,7 @@ def test_what_is_refused_before_anything_trains(tiny: Path) -> None:
     words = [str(tiny), "--space", "lr=log(1e-3,1)", "--workdir", str(tiny.parent / "sweep")]
     for more, says in (
         (["--metric", "valid/acuracy"], "did you mean valid/accuracy"),
+        ([], "has no `best`"),
         (["--metric", "valid/loss", "--trials", "0"], "at least 1"),
         (["--metric", "valid/loss", "--sampler", "grid"], "has no end of values"),
         (["--metric", "valid/loss", "--sampler", "cmaes"], "two names or more"),
