@@ -204,8 +204,8 @@ def record(folder: Path, loaded: Loaded, **facts: Any) -> list[str]:
         if target == folder or contents["sessions"][-2]["code"] != session["code"]:
             target.mkdir(exist_ok=True)
             for name, text in texts.items():
-                _write(target / name, text)
-        _write(path, json.dumps(contents, indent=2) + "\n")
+                storage.write_whole(target / name, text)
+        storage.write_whole(path, json.dumps(contents, indent=2) + "\n")
     return notes
 
 
@@ -285,29 +285,23 @@ def open_run(folder: str | os.PathLike[str]) -> Loaded:
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """What a run has come to, as result.json."""
     with _writing(folder):
-        _write(folder / RESULT, json.dumps(result, indent=2) + "\n")
+        storage.write_whole(folder / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
     """A run's result.json; None if there is none that can be read."""
     try:
-        return json.loads((folder / RESULT).read_text())
-    except (OSError, ValueError):
+        result = json.loads((folder / RESULT).read_text())
+        result["step"], result["of"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
+    return result
 
 
 def write(path: Path, text: str) -> None:
     """A file of a run's folder, whole or not at all; raises UserError if it cannot be written."""
     with _writing(path.parent):
-        _write(path, text)
-
-
-@storage.persistent
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all, however the process ends."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
+        storage.write_whole(path, text)
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ the one that a run logs.
 """
 
 import csv
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxeco import config, hosts, plots
+from jaxeco import folder as folders
 from jaxeco.config import Loaded
 from jaxeco.description import describe, flatten
 from jaxeco.errors import RunFailed, UserError
@@ -81,9 +83,11 @@ def run(loaded: Loaded, workdir: Path | None) -> int:
         return 0
     folder = workdir or Path("runs") / f"{loaded.experiment.name}-lr-find"
     picture(found, folder / "lr_find.png")
-    with (folder / "lr_find.csv").open("w", newline="") as file:
-        rows = zip(found.rate_N, found.loss_N, found.smooth_N)
-        csv.writer(file).writerows([("lr", "loss", "smoothed"), *(map(float, r) for r in rows)])
+    text = io.StringIO()
+    rows = zip(found.rate_N, found.loss_N, found.smooth_N)
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerows([("lr", "loss", "smoothed"), *(map(float, row) for row in rows)])
+    folders.write(folder / "lr_find.csv", text.getvalue())
     print(
         f"suggested lr: {found.suggested:g}, a tenth of where the smoothed loss is least"
         f" ({found.least:.2g}); it falls most steeply at {found.steepest:.2g}; see"

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxeco import command, runs
+from jaxeco import command, runs, storage
 from jaxeco.description import flatten
 from jaxeco.errors import UserError
 from jaxeco.log import PACE
@@ -35,6 +35,7 @@ LETTERS = 5000  # of a file of samples
 WIDTH, HEIGHT = 1000, 2000  # of a picture at most, pixels
 DOUBTFUL = {  # ways to end, and what that means for a mean
     "diverged": "left out, which flatters the rest",
+    "stopped": "counted as far as they came",
     "interrupted": "counted as far as they came",
     "unfinished": "counted as far as they came",
 }
@@ -146,10 +147,8 @@ def main(words: list[str]) -> int:
     ]
     text = written(settings, options.metric, time.strftime("%Y-%m-%d %H:%M %Z"))
     contents = text.encode("utf-8", "replace")  # a file's name may be no text
-    part = options.output.with_name(f".{options.output.name}.part")
     try:
-        part.write_bytes(contents)
-        part.replace(options.output)
+        storage.write_whole(options.output, contents)
     except OSError as error:
         raise UserError(f"cannot write {options.output}: {error.strerror}") from error
     print(f"{options.output}: {_head(settings)}, {len(contents) / 2**20:.2f} MiB")
@@ -279,7 +278,8 @@ def curves() -> Content:
 def runs_table(settings: Sequence[Setting], metrics: Sequence[str]) -> Content:
     def row(told: Told) -> Iterator[object]:
         run, of = told.run, f" of {told.run.result['of']:,}" if told.run.result else ""
-        yield from (str(run.folder), run.seed, run.ended)
+        early = run.ended in ("stalled", "stopped")
+        yield from (str(run.folder), run.seed, "stopped early" if early else run.ended)
         yield from (told.last(name) for name in metrics)
         yield Cell(f"{told.step:,}{of}", told.step)
         yield _shown(told.seconds, ",.1f")

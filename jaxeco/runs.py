@@ -15,13 +15,14 @@ import numpy as np
 
 from jaxeco.description import flatten
 from jaxeco.errors import UserError
-from jaxeco.folder import RECORD
+from jaxeco.folder import RECORD, read_result
 from jaxeco.log import FILE, read_metrics
 
 DEEPEST = 3  # folders below the one that is asked for
 READABLE = 6  # values in a label
 
-Ended = Literal["complete", "stopped early", "interrupted", "diverged", "unfinished"]
+# As result.json says it; "unfinished": killed, or still on its way.
+Ended = Literal["complete", "stalled", "stopped", "diverged", "interrupted", "unfinished"]
 
 
 @dataclass(frozen=True)
@@ -89,25 +90,26 @@ class Run:
 
     @cached_property
     def ended(self) -> Ended:
-        """How the run came to where it is; "unfinished": it was killed, or is still on its way."""
+        """How the run came to where it is."""
         step = max((line["step"] for line in self.metrics), default=0)
         result = self.result
         if result and result["step"] < step:  # it has gone on since
             result = None
         if result and "ended" in result:
-            early = result["ended"] in ("stalled", "stopped")
-            return "stopped early" if early else result["ended"]
+            return result["ended"]
+        # of before that was recorded
         if result and result["step"] >= result["of"]:
             return "complete"
         if (self.folder / "diverged").is_dir():
             return "diverged"
         if result is None:
             return "unfinished"
-        return "stopped early" if self._stalled() else "interrupted"
+        return "stalled" if self._stalled() else "interrupted"
 
     def _stalled(self) -> bool:
         """Whether the experiment's patience was at its end."""
-        patience, best = self.settings.get("patience"), self.settings.get("best")
+        resolved = self.record["resolved"]
+        patience, best = resolved["patience"], resolved["best"]
         if patience is None or best is None:
             return False
         _, values = self.curve(best)
@@ -136,11 +138,7 @@ def read(folder: Path) -> Run:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder / RECORD} cannot be read: {error}") from error
     metrics = read_metrics(folder) if (folder / FILE).exists() else []
-    try:
-        result = json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError):
-        result = None
-    return Run(folder, record, metrics, result)
+    return Run(folder, record, metrics, read_result(folder))
 
 
 def find(path: Path) -> list[Run]:

@@ -100,6 +100,9 @@ def run(
                 profile = Profile(at, p, folder, log) if at else None
                 state = fit(p, state, checkpoints, log, interrupt, stop_at, profile)
             except Diverged as error:
+                if hosts.first():
+                    reached = int(error.state.step)
+                    outcome.finish(p, reached, read_metrics(folder), folder, log, "diverged")
                 raise diverged(error, checkpoints, folder) from error
             log.finished()
             step = int(state.step)

@@ -98,6 +98,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 @persistent
+def write_whole(path: Path, contents: str | bytes) -> None:
+    """Whole or not at all, however the process ends; a machine that stops may still lose it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+    part.replace(path)
+
+
+@persistent
 def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 

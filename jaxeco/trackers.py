@@ -262,7 +262,7 @@ class _WandBSession:
             ),
         )
         if known is None:
-            storage.write_text(path, name)
+            storage.write_whole(path, name)
         held = max(0, opened.starting_step - 1) if online else 0
         return cls(opened), defaultdict(lambda: held)
 
@@ -337,7 +337,7 @@ class _MLflowSession:
         params = [Param(key, str(value)[: cls.LONGEST]) for key, value in run.settings.items()]
         for some in _parts(params, cls.PARAMS):
             client.log_batch(name, params=some)
-        storage.write_text(path, name)
+        storage.write_whole(path, name)
         return cls(client, name), defaultdict(int)
 
     def write(self, lines: Sequence[tuple[int, Scalars]]) -> None:

@@ -251,7 +251,8 @@ def per_round(p: Plan, how: How, members: int, n_steps: int) -> Callable[[], flo
     """
     experiments = tuple(replace(p.ex, seed=seed) for seed in range(members))
     group = Group(tuple(range(members)), p, experiments, (), how)
-    program, step = WAYS[how](group, [p.of(ex).start() for ex in experiments]), 0
+    begin = jax.jit(p.init)
+    program, step = WAYS[how](group, [begin(np.uint32(ex.seed)) for ex in experiments]), 0
 
     def calls(n: int) -> float:
         nonlocal step

@@ -167,7 +167,8 @@ def populates(p: Plan, state: State) -> Steps:
     count, step = int(WORKLOAD.rpartition("_")[2]), 0
     experiments = tuple(dataclasses.replace(p.ex, seed=seed) for seed in range(count))
     group = Group(tuple(range(count)), p, experiments, ())
-    states = [p.of(ex).start() for ex in experiments]
+    begin = jax.jit(p.init)
+    states = [begin(np.uint32(ex.seed)) for ex in experiments]
     program = WAYS[group.natural()](group, states)
     n = 50
 
