@@ -30,7 +30,10 @@ from jaxeco.errors import UserError
 GIB = 2**30
 TIME_LIMIT = 30.0  # seconds for JAX to start its devices and multiply two matrices
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
-EXTRAS = ("libtpu", "tensorboardx", "torch", "kubernetes", "hypothesis", "pytest")
+EXTRAS = (
+    *("libtpu", "tensorboardx", "wandb", "mlflow-skinny", "optuna"),
+    *("torch", "kubernetes", "hypothesis", "pytest"),
+)
 TENSORFLOW = ("tensorflow", "tensorflow-cpu", "tf-nightly", "tensorflow-gpu")
 TELLING = re.compile("(JAX|XLA|TPU|MEGASCALE|JAXECO|TFDS|CUDA|NCCL|LD_LIBRARY_PATH|TF_CPP).*")
 # of Google's PCI devices, those that are TPUs: v3, plc, v4, v5p, v5e, v6e, 7x; as JAX knows them
