@@ -290,9 +290,17 @@ def _found(shift: float, df: float, alpha: float) -> float:
     """
     from scipy import special
 
-    levels_Q = (np.arange(2000) + 0.5) / 2000
-    limit_Q = _quantile(df, 1 - alpha) * np.sqrt(special.gammaincinv(df / 2, levels_Q) * 2 / df)
+    limit_Q = _limits(df, alpha)
     return float(np.mean(special.ndtr(shift - limit_Q) + special.ndtr(-shift - limit_Q)))
+
+
+@lru_cache(maxsize=256)  # the same for all pairs of many settings, and slow
+def _limits(df: float, alpha: float) -> np.ndarray:
+    """From where on t is significant, in true standard errors, at the estimated sd's quantiles."""
+    from scipy import special
+
+    levels_Q = (np.arange(2000) + 0.5) / 2000
+    return _quantile(df, 1 - alpha) * np.sqrt(special.gammaincinv(df / 2, levels_Q) * 2 / df)
 
 
 def _bca(x_N: np.ndarray, confidence: float) -> tuple[float, float]:
