@@ -30,7 +30,7 @@ def uniform(key: jax.Array, shape: Sequence[int]) -> jax.Array:
     if (
         jax.default_backend() != "cpu"
         or jax.random.key_impl(key) != "threefry2x32"
-        or not jax.config.jax_threefry_partitionable
+        or not jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
         or not 0 < count < 2**32
     ):
         return jax.random.uniform(key, shape, jnp.float32)
