@@ -223,8 +223,7 @@ def settled(
 
 def _cut_short(run: Run) -> bool:
     """Whether a run is not at its end, be it that somebody, or a sweep, has stopped it."""
-    patient = run.record["resolved"]["patience"] is not None
-    return run.ended != "complete" and not (run.ended == "stopped early" and patient)
+    return run.ended not in ("complete", "stalled")
 
 
 def _value(run: Run, metric: str, at: str) -> float:
