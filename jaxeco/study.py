@@ -49,7 +49,7 @@ from jaxeco.errors import UserError
 from jaxeco.space import Choice, Dimension, Value
 
 BEAT, SILENCE = 20.0, 120.0  # s: between two signs of life, and without one until death
-ALONE, DEADLY = 2, 3  # workers that died with a trial until it is asked for alone; has failed
+ALONE, DEADLY = 2, 3  # workers in a row died with a trial: it is asked for alone; has failed
 REDUCTION = 3  # of successive halving: this part of the trials survives each rung
 Direction = Literal["max", "min"]
 
@@ -274,7 +274,7 @@ class Study:
     def _lose(self, lost: optuna.trial.FrozenTrial, death: bool) -> None:
         """A trial no longer counts; one with its parameters, folder and measurements waits.
 
-        One with which DEADLY workers have died has failed instead.
+        One with which DEADLY workers have died, and came no farther, has failed instead.
         """
         try:
             self._study.tell(lost.number, state=TrialState.FAIL)
@@ -282,7 +282,10 @@ class Study:
             return  # it has ended meanwhile, or another worker was quicker
         if set(lost.params) < {d.name for d in self._dimensions}:
             return  # killed while it was asked for: another takes its place
-        deaths = _deaths(lost) + death
+        came = len(lost.intermediate_values)
+        # one that came farther than before is not what workers die of: they are often killed
+        before = lost.user_attrs["came"] if "came" in lost.user_attrs else 0
+        deaths = (_deaths(lost) if came == before else 0) + death
         kept = {name: value for name, value in lost.user_attrs.items() if name == "folder"}
         if failed := deaths >= DEADLY:
             kept["why"] = f"{deaths} workers died with it: is the memory too small?"
@@ -290,7 +293,7 @@ class Study:
             state=TrialState.PRUNED if failed else TrialState.WAITING,
             params=lost.params,
             distributions=lost.distributions,
-            user_attrs={**kept, "deaths": deaths},
+            user_attrs={**kept, "deaths": deaths, "came": came},
             intermediate_values=lost.intermediate_values,
         )
         self._study.add_trial(copy)
@@ -488,7 +491,7 @@ def _report(one: Asked, evaluation: int, value: float) -> None:
 
 
 def _deaths(trial: optuna.trial.FrozenTrial) -> int:
-    """How many workers have died with a trial, under whatever number."""
+    """How many workers have died with a trial, under whatever number, where it stands now."""
     return int(trial.user_attrs["deaths"]) if "deaths" in trial.user_attrs else 0
 
 

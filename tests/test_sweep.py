@@ -368,6 +368,16 @@ def test_what_workers_die_of_is_not_tried_for_ever(tmp_path: Path) -> None:
     assert states["bad"][0] == "failed" and "3 workers died with it" in states["bad"][1]
 
 
+def test_a_trial_that_comes_farther_each_time_outlives_many_workers(tmp_path: Path) -> None:
+    """As on machines that are taken away often."""
+    dimensions = space.parse(["n=choice(1,2)"])
+    for evaluation in range(1, 6):
+        with study.Study(tmp_path, None, dimensions, "max", "grid", "none", 9, {}) as worker:
+            (one,) = worker.ask(8, 1)
+            assert one.folder == "trial=0000"
+            worker.report(one, evaluation, 0.5)
+
+
 def started(words: list[str], **environment: str) -> subprocess.Popen[str]:
     """A worker of its own; started as it is, it would start itself anew for large pages."""
     command = [sys.executable, "-m", "jaxeco.sweep", *words]
