@@ -300,7 +300,7 @@ class Checkpoints:
                 " with the version that run.json names, or set start_from to train on from its"
                 " weights"
             )
-        _refuse(
+        refuse(
             f"{path} belongs to another experiment",
             about.description,
             self._description,
@@ -537,7 +537,7 @@ def _read(path: Path, about: About, abstract: State, *, partial: bool) -> State:
         name: ondisk.say({"shape": leaf.shape, "dtype": leaf.dtype})
         for name, leaf in wanted.items()
     }
-    _refuse(
+    refuse(
         f"{path} holds other arrays than the experiment",
         held,
         asked,
@@ -586,7 +586,7 @@ def _came_later(name: str, value: Any) -> bool:
     return field in LATER and LATER[field] == value
 
 
-def _refuse(what: str, held: Any, asked: Any, advice: str, most: int = 8) -> None:
+def refuse(what: str, held: Any, asked: Any, advice: str, most: int = 8) -> None:
     """Raises UserError if the two differ: one line for each leaf that does, at most `most`.
 
     None is as good as absent, and so is what a field says in LATER: a checkpoint does not know of

@@ -9,6 +9,7 @@ Each is an ordinary run, in a folder of its own below that of all: runs/<name>/l
 import csv
 import io
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from jaxeco import config
 from jaxeco import folder as folders
+from jaxeco.description import describe
 from jaxeco.errors import RunFailed, UserError
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import table
@@ -49,12 +51,31 @@ def members(
         for seed in range(loaded.experiment.seed, loaded.experiment.seed + seeds):
             one = config.load(file, [*rest, *own, f"seed={seed}"])
             found.append(Member(one, _folder([*own, f"seed={seed}"])))
+    _check_distinct(found)
     return found
 
 
 def _folder(words: Sequence[str]) -> Path:
     """A folder's name for the words that tell a run from the others."""
     return Path(re.sub(r"[^\w.,=+-]", "_", ",".join(words)))
+
+
+def _check_distinct(members: Sequence[Member]) -> None:
+    """Raises UserError if two are the same run, such as of lr=1e-3 and lr=0.001, or of one folder.
+
+    One run that is counted as two makes a spread look smaller than it is.
+    """
+    for kind, keys in (
+        ("folder", [str(member.folder) for member in members]),
+        ("run", [json.dumps(describe(member.ex)) for member in members]),
+    ):
+        first: dict[str, Member] = {}
+        for key, member in zip(keys, members, strict=True):
+            if (other := first.setdefault(key, member)) is not member:
+                words = [" ".join(one.loaded.assignments) for one in (other, member)]
+                raise UserError(
+                    f"the same {kind} twice, of {words[0]} and {words[1]}: leave out one"
+                )
 
 
 def run(
@@ -79,8 +100,7 @@ def run(
     """
     every = members(file, words, axes, seeds)
     check(every[0].ex)
-    folder = folders.choose(every[0].ex.name, workdir, resume)
-    with folders.locked(folder):
+    with folders.claimed(every[0].ex.name, workdir, resume) as folder:
         all_members = [replace(member, folder=folder / member.folder) for member in every]
         print(f"{len(all_members)} runs of {file} in {folder}", flush=True)
         with Interrupt() as interrupt:
@@ -102,11 +122,13 @@ def run(
     return 0
 
 
-def dry_run(file: Path, words: Sequence[str], axes: Sequence[config.Axis], seeds: int) -> int:
+def dry_run(
+    file: Path, words: Sequence[str], axes: Sequence[config.Axis], seeds: int, how: How | None
+) -> int:
     """Prints which runs there would be, and in which groups they would train."""
     found = members(file, words, axes, seeds)
     check(found[0].ex)
-    for group in (part for whole in grouped(found) for part in whole.fitting(None)):
+    for group in (part for whole in grouped(found) for part in whole.fitting(how)):
         print(group)
         for i in group.members:
             print(f"  {found[i].folder}")
@@ -126,11 +148,13 @@ def show(folder: Path, outcomes: Sequence[Outcome]) -> None:
         lines.writerow([outcome.member.folder.name, ex.seed, outcome.step, outcome.ended, *cells])
     folders.write(folder / "results.csv", text.getvalue())
     rows: list[Sequence[object]] = [("setting", "n", *columns)]
-    for label, group in by_setting(runs).items():
+    bad = {outcome.member.folder for outcome in outcomes if outcome.ended == "diverged"}
+    for label, group in by_setting([run for run in runs if run.folder not in bad]).items():
         texts = []
         for name in columns:
             values = [value for run in group if (value := run.last(name)) is not None]
             texts.append(str(summary(values)) if values else "")
         rows.append((label, len(group), *texts))
-    print("\n" + table(f"{len(runs)} runs, mean ± sd", rows))
+    without = f", without the {len(bad)} that diverged" if bad else ""
+    print("\n" + table(f"{len(runs)} runs, mean ± sd{without}", rows))
     print(f"\n{folder / 'results.csv'} has each; python -m jaxeco.report {folder} draws them")

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -34,13 +35,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxeco import folder as folders
 from jaxeco import hosts, outcome, parallel, trackers
-from jaxeco.checkpoint import Checkpoints
+from jaxeco.checkpoint import Checkpoints, refuse
 from jaxeco.config import Loaded
 from jaxeco.data.pipeline import Feed, fits
 from jaxeco.description import describe, flatten, replaced
 from jaxeco.errors import UserError
 from jaxeco.evaluate import Evaluator, eval_step
-from jaxeco.experiment import Experiment
+from jaxeco.experiment import IDENTITY, Experiment
 from jaxeco.fit import all_finite, chosen_first, mean_over, stalled
 from jaxeco.forward import results
 from jaxeco.interrupt import Interrupt
@@ -281,7 +282,7 @@ def takes(p: Plan, paths: Sequence[str]) -> bool:
         for data in p.evals.values():
             batch = shapes(data, p.ex.eval_batch, training=False)
             jax.eval_shape(evaluation, state, numbers, batch)
-    except (TypeError, ValueError, KeyError):  # such as JAX's, of a number that Python asks for
+    except Exception:  # whatever Python code says to a number that has no value yet
         return False
     same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, after)
     return all(jax.tree.leaves(same))
@@ -296,7 +297,12 @@ def operations(jaxpr: Any) -> Iterator[str]:
 
 
 def _may_vary(path: str, value: Any) -> bool:
-    return path.split(".")[0] in COMPUTED and isinstance(value, float)
+    """Whether a program may be given it as an f32, which says little of how far 0.999 is below 1.
+
+    That is what counts of Adam's β2, for one. In a program of its own 1 - β2 is what it should be.
+    """
+    in_steps = path.split(".")[0] in COMPUTED and isinstance(value, float)
+    return in_steps and not 0.99 < value < 1
 
 
 # Programs: what trains a group. Members are counted from 0 in the order that they have now.
@@ -356,7 +362,8 @@ class Mapped:
         return self.take(self.state, i)
 
     def keep(self, which: Sequence[int]) -> "Mapped":
-        """A program of some of the members."""
+        """A program of some of the members, which takes this one's place."""
+        self.close()
         return Mapped(self.group.part(which), [self.member(i) for i in which])
 
     def close(self) -> None:
@@ -402,7 +409,7 @@ class InTurn:
         self.group, p = group, group.plan
         devices = jax.local_devices()[: len(states)]
         self.where = [devices[i % len(devices)] for i in range(len(states))]
-        place = partial(jax.device_put, device=devices[0])
+        self.place = place = partial(jax.device_put, device=devices[0])
         self.feeds = Feeds(p, [ex.seed for ex in group.experiments], place)
         self.resident = {d: jax.device_put(self.feeds.resident, d) for d in devices}
         self.numbers = [
@@ -441,7 +448,7 @@ class InTurn:
     def measured(self, split: str, stop: Callable[[], bool]) -> list[Any] | None:
         found = []
         for state, numbers in zip(self.states, self.numbers, strict=True):
-            model = jax.device_put(((state.params, state.variables), numbers), self.where[0])
+            model = self.place(((state.params, state.variables), numbers))
             if (one := self.evaluators[split].measured(model, stop)) is None:
                 return None
             found.append(one)
@@ -540,6 +547,7 @@ class Run:
             held.enter_context(folders.locked(folder))
             if not self.resume and folders.holds_run(folder):
                 raise UserError(f"{folder} already holds a run; continue it with --resume")
+            self.known = self._known()
             self.checkpoints = held.enter_context(
                 Checkpoints(
                     folder / folders.CHECKPOINTS,
@@ -555,6 +563,23 @@ class Run:
     def __exit__(self, *error: Any) -> None:
         self._held.__exit__(*error)
 
+    def _known(self) -> bool:
+        """Whether the folder has a record, which can be read.
+
+        Raises:
+          UserError: it is of another experiment. Where a checkpoint is, that says so as well.
+        """
+        path = self.member.folder / folders.RECORD
+        try:
+            resolved = json.loads(path.read_text())["resolved"]
+            held = {name: resolved[name] for name in IDENTITY}
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        asked = {name: describe(getattr(self.member.ex, name)) for name in IDENTITY}
+        advice = "resume with the words it was started with, or choose another folder"
+        refuse(f"{path} is of another experiment", held, json.loads(json.dumps(asked)), advice)
+        return True
+
     def restored(self, up_to: int | None = None) -> tuple[State, int] | None:
         if not self.resume:
             return None
@@ -563,26 +588,32 @@ class Run:
     def settled(self) -> bool:
         """Whether the member has come to an end before from which it does not go on."""
         result = folders.read_result(self.member.folder)
-        if result is None or "ended" not in result:
+        if not self.known or result is None or "ended" not in result:
             return False
         complete = result["ended"] == "complete" and result["step"] >= self.plan.steps
         if not complete and result["ended"] not in ("stopped", "diverged"):
             return False
         why = "" if complete else "it was so before"
         self.ended, self.step, self.why = result["ended"], result["step"], why
-        self.scores = {
+        self.scores = self.recorded()
+        return True
+
+    def recorded(self) -> dict[str, float]:
+        """The latest evaluation on record, by "split/metric"."""
+        latest = {line["split"]: line for line in read_metrics(self.member.folder)}
+        return {
             f"{split}/{name}": value
             for split in self.plan.evals
-            if split in result
-            for name, value in result[split].items()
-            if name != "step"
+            if split in latest
+            for name, value in outcome.scalars(latest[split]).items()
         }
-        return True
 
     def begin(self, first: int) -> None:
         """Records the session and opens the log, at the step from which the member goes on."""
         folder, p = self.member.folder, self.plan
-        folders.record(folder, self.member.loaded, first_step=first, **outcome.environment(p))
+        facts = outcome.environment(p)
+        for note in folders.record(folder, self.member.loaded, first_step=first, **facts):
+            warnings.warn(note, stacklevel=2)  # one that concerns all is shown once
         if p.train.tokenizer:
             p.train.tokenizer.save(folder / folders.TOKENIZER)
         self.log = self._held.enter_context(
@@ -599,6 +630,7 @@ class Run:
                 stream=self._held.enter_context(open(os.devnull, "w")),
             )
         )
+        self.scores = self.recorded()
 
     def ends(
         self, step: int, done: bool, evaluated: bool, stop: Stop
@@ -695,7 +727,8 @@ def fit(
         stretch.steps(p.steps_per_epoch) for stretch in (ex.eval_every, ex.save_every, ex.log_every)
     )
     end = min(p.steps, stop_at or p.steps)
-    longest = max(LONGEST, ex.steps_per_call)
+    # what is read meanwhile has to lie somewhere, for every seed
+    longest = max(LONGEST if program.feeds.resident else 1, ex.steps_per_call)
     stride = common_stride((every_eval, every_save, p.steps), every_log, longest)
     step = seen = first
     pending: list[Any] = []
@@ -716,7 +749,7 @@ def fit(
             sums = at(sums_M, i)
             try:
                 for text in skipped(own, sums, seen):
-                    run.log.warn(text)
+                    said(f"warning: {run.member.folder.name}: {text}")
             except Diverged as error:
                 run.end(step, "diverged", str(error))
                 continue
@@ -726,11 +759,11 @@ def fit(
         seen = step
         progress.trained(step, len(going_on()))
 
-    def evaluate() -> None:
-        """Evaluates and logs; ends members whose loss is not finite. Leaves `scores` if done."""
+    def evaluate() -> bool:
+        """Evaluates and logs; ends members whose loss is not finite. False if interrupted."""
         found = {split: program.measured(split, interrupt.asked) for split in p.evals}
         if any(one is None for one in found.values()):
-            return
+            return False
         for i, run in going_on():
             run.scores = {}
             for split, measured in found.items():
@@ -744,6 +777,7 @@ def fit(
                 scalars = {k: float(v) for k, v in values.items() if np.ndim(v) == 0}
                 run.scores |= {f"{split}/{name}": value for name, value in scalars.items()}
         progress.evaluated(step, [run.scores for _, run in going_on()])
+        return True
 
     try:
         while going_on():
@@ -753,8 +787,7 @@ def fit(
                 run.log.evaluated(step, split) for _, run in going_on() for split in p.evals
             ):
                 report()
-                evaluate()
-                evaluated = not interrupt.asked()
+                evaluated = evaluate()
             done = step >= end or interrupt.asked()
             saves = done or (step > first and step % every_save == 0)
             if saves or evaluated:

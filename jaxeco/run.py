@@ -141,9 +141,9 @@ def many(options: argparse.Namespace) -> int:
     from jaxeco import grid
 
     what = options.file, options.assignments, options.grid, options.seeds or 1
-    if options.dry_run:
-        return grid.dry_run(*what)
     how: Any = options.together and options.together.replace("-", " ")
+    if options.dry_run:
+        return grid.dry_run(*what, how)
     return grid.run(
         *what, workdir=options.workdir, resume=options.resume, stop_at=options.steps, how=how
     )
