@@ -95,9 +95,15 @@ class Tracker(Protocol):
 
 
 def check(trackers: Sequence[Tracker] | None) -> None:
-    """Raises UserError, on all processes, if the package of a tracker is not installed."""
+    """Raises UserError, on all processes, if a tracker's package is not installed, or one is twice.
+
+    Two of a kind would share what the run's folder keeps for it.
+    """
 
     def missing() -> None:
+        labels = [tracker.label for tracker in trackers or ()]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise UserError(f"trackers: {twice[0]} is there twice: expected one of a kind")
         for tracker in trackers or ():
             if not installed(tracker):
                 needed = f"{tracker.label} needs {tracker.package}"
@@ -440,7 +446,7 @@ class Courier:
             with Courier._turn:
                 if (opened := self._opened()) is not None:
                     self._deliver(*opened)
-        except Exception as error:  # whatever a service can think of: the run goes on without it
+        except BaseException as error:  # whatever a service can think of, sys.exit too
             self._lost = f"{self._tracker.label} is left out: {storage.reason(error)}"
 
     def _opened(self) -> Opened | None:
@@ -449,7 +455,7 @@ class Courier:
                 return None
             try:
                 return self._session()
-            except Exception:
+            except BaseException:
                 Courier._given_up.add(self._tracker)
                 raise
             finally:

@@ -132,13 +132,14 @@ def test_steps_taken_again_are_told_from_where_they_are_new(tmp_path: Path) -> N
     assert [step for _, step, *_ in service.got[:-1]] == [10, 20, 30]
 
 
+@pytest.mark.parametrize("error", [ConnectionError, SystemExit])
 @pytest.mark.parametrize("when", ["open", "write", "close"])
 def test_a_service_that_fails_is_told_of_in_one_line(
-    tmp_path: Path, when: str, recwarn: pytest.WarningsRecorder
+    tmp_path: Path, when: str, error: type[BaseException], recwarn: pytest.WarningsRecorder
 ) -> None:
     def fails(call: str) -> None:
         if call == when:
-            raise ConnectionError("no way\nto the server")
+            raise error("no way\nto the server")
 
     service = Service(fails)
     with make(tmp_path, service) as log:
@@ -235,6 +236,12 @@ def test_a_package_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match="MLflow needs no_such_package: pip install mlflow"):
         trackers.check((trackers.TensorBoard(), trackers.MLflow("digits")))
     trackers.check(None)
+
+
+def test_one_tracker_of_a_kind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Service is there twice: expected one of a kind"):
+        make(tmp_path, Service(), Service())
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
