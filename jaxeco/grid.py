@@ -7,6 +7,7 @@ Each is an ordinary run, in a folder of its own below that of all: runs/<name>/l
 """
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -24,6 +25,8 @@ from jaxeco.log import table
 from jaxeco.population import How, Member, Outcome, check, grouped, train
 from jaxeco.runs import by_setting, read
 from jaxeco.stats import summary
+
+LONGEST = 200  # bytes of a folder's name; file systems take 255
 
 
 def members(
@@ -56,8 +59,12 @@ def members(
 
 
 def _folder(words: Sequence[str]) -> Path:
-    """A folder's name for the words that tell a run from the others."""
-    return Path(re.sub(r"[^\w.,=+-]", "_", ",".join(words)))
+    """A folder's name for the words that tell a run from the others; a long one is cut short."""
+    name = re.sub(r"[^\w.,=+-]", "_", ",".join(words))
+    if len(name.encode()) <= LONGEST:
+        return Path(name)
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return Path(name.encode()[: LONGEST - 17].decode(errors="ignore") + f"-{digest}")
 
 
 def _check_distinct(members: Sequence[Member]) -> None:

@@ -16,6 +16,7 @@ M: members of a group, U: seeds among them, n: steps of a call, B: examples of a
 import json
 import math
 import os
+import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,6 +125,8 @@ def train(
     """
     for member in members:
         check(member.ex)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each member holds some files open
     outcomes: dict[int, Outcome] = {}
     groups = [part for group in grouped(members) for part in group.fitting(how)]
     for i, group in enumerate(groups):

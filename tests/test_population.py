@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import resource
 from pathlib import Path
 
 import jax
@@ -139,6 +141,23 @@ def test_a_number_just_below_1_stays_in_its_program(file: Path) -> None:
     assert [group.members for group in groups] == [(0, 1), (2,), (3,)]
 
 
+def test_folders_have_names_that_a_file_system_takes(file: Path) -> None:
+    text = "é" * 300
+    found = members(file, (), axes(f"name={text}a;{text}b"), 1)
+    names = [member.folder.name for member in found]
+    assert len(set(names)) == 2 and all(len(name.encode()) <= 255 for name in names)
+
+
+def test_members_may_hold_more_files_open_than_a_process_may_at_first(file: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 8, before[1]))
+    try:
+        outcomes = trained(some(file, ["epochs=1"], (), 4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert {o.ended for o in outcomes} == {"complete"}
+
+
 def test_convolutions_train_in_turn(file: Path) -> None:
     (group,) = grouped(some(file, ["conv=true"], (), 2))
     assert [part.how for part in group.fitting(None)] == ["in turn"]
@@ -179,9 +198,8 @@ def test_some_end_and_the_others_do_not_notice(file: Path, how: population.How) 
     assert [o.ended for o in outcomes] == ["stopped", "complete", "stopped", "complete", "stopped"]
     assert [o.step for o in outcomes] == [3, 12, 6, 12, 6]
     assert (0, 6) not in asked and (1, 9) in asked
-    for i in (1, 3):
-        alone(found[i], Path(f"alone{i}"))
-        assert_close(found[i].folder, Path(f"alone{i}"))
+    alone(found[3], Path("alone3"))
+    assert_close(found[3].folder, Path("alone3"))
     result = json.loads((found[2].folder / "result.json").read_text())
     assert (result["ended"], result["step"], result["of"]) == ("stopped", 6, 12)
     again = trained(found, resume=True, how=how)
