@@ -163,9 +163,7 @@ def check_alike(p: Plan, words: dict[str, Any]) -> None:
             )
 
 
-def summary(
-    p: Plan, folder: Path, first: int, resume: bool, tracked: Sequence[Row]
-) -> list[Row]:
+def summary(p: Plan, folder: Path, first: int, resume: bool, tracked: Sequence[Row]) -> list[Row]:
     """What is about to happen, for the table at the start."""
     ex = p.ex
     devices = list(p.mesh.devices.flat)
