@@ -14,10 +14,10 @@ import numpy as np
 
 from jaxeco import command, stats
 from jaxeco.claims import is_share
-from jaxeco.description import flatten
+from jaxeco.description import differing, flatten
 from jaxeco.errors import UserError
 from jaxeco.log import table
-from jaxeco.runs import Run, by_setting, differing, find
+from jaxeco.runs import Run, by_setting, find
 from jaxeco.stats import Comparison, Summary
 
 FEW = 4  # settings, of which all pairs are shown; of more, those with the best

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -78,6 +78,21 @@ def replaced(value: Any, new: Mapping[str, Any]) -> Any:
     if isinstance(value, tuple):
         return tuple(children.values())
     return children if isinstance(value, Mapping) else type(value)(**children)
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Paths whose values are not the same in all of `settings`; one that is missing is another."""
+    paths = dict.fromkeys(path for one in settings for path in one)
+    absent = object()
+    return [
+        path
+        for path in paths
+        if any(
+            (s[path] if path in s else absent)
+            != (settings[0][path] if path in settings[0] else absent)
+            for s in settings
+        )
+    ]
 
 
 def values(value: Any) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from jaxeco import command, runs
-from jaxeco.description import flatten
+from jaxeco.description import differing, flatten
 from jaxeco.experiment import IDENTITY
 from jaxeco.log import PACE
-from jaxeco.runs import Run, differing
+from jaxeco.runs import Run
 
 RTOL = 1e-5
 TRAIN = "train"  # the split whose lines are means over the steps since the line before

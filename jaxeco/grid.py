@@ -20,9 +20,10 @@ from jaxeco import config
 from jaxeco import folder as folders
 from jaxeco.description import describe
 from jaxeco.errors import RunFailed, UserError
+from jaxeco.groups import How, grouped
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import table
-from jaxeco.population import How, Member, Outcome, check, grouped, train
+from jaxeco.population import Member, Outcome, check, train
 from jaxeco.runs import by_setting, read
 from jaxeco.stats import summary
 
@@ -135,7 +136,8 @@ def dry_run(
     """Prints which runs there would be, and in which groups they would train."""
     found = members(file, words, axes, seeds)
     check(found[0].ex)
-    for group in (part for whole in grouped(found) for part in whole.fitting(how)):
+    whole = grouped([member.ex for member in found])
+    for group in (part for one in whole for part in one.fitting(how)):
         print(group)
         for i in group.members:
             print(f"  {found[i].folder}")

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from jaxeco import command, runs, storage
-from jaxeco.description import flatten
+from jaxeco.description import differing, flatten
 from jaxeco.errors import UserError
 from jaxeco.log import PACE
 from jaxeco.markup import Cell, Markup, embedded_json, joined, number, page, table, tag
-from jaxeco.runs import Run, differing
+from jaxeco.runs import Run
 from jaxeco.stats import plus_minus, summary
 
 POINTS = 300  # of a curve at most, ...

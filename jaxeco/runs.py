@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxeco.description import flatten
+from jaxeco.description import differing, flatten
 from jaxeco.errors import UserError
 from jaxeco.folder import RECORD, read_result
 from jaxeco.log import FILE, read_metrics
@@ -171,21 +171,6 @@ def by_setting(runs: Iterable[Run]) -> dict[str, list[Run]]:
         keys = [key for key in groups if key[0] == name]
         labels |= zip(keys, _labels([groups[key][0] for key in keys]), strict=True)
     return {labels[key]: group for key, group in groups.items()}
-
-
-def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Paths whose values are not the same in all of `settings`; one that is missing is another."""
-    paths = dict.fromkeys(path for one in settings for path in one)
-    absent = object()
-    return [
-        path
-        for path in paths
-        if any(
-            (s[path] if path in s else absent)
-            != (settings[0][path] if path in settings[0] else absent)
-            for s in settings
-        )
-    ]
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

@@ -19,18 +19,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxeco import command, config, space, storage
+from jaxeco import command, config, storage
 from jaxeco.config import Loaded
 from jaxeco.description import describe
 from jaxeco.errors import RunFailed, UserError
 from jaxeco.experiment import IDENTITY, Experiment
-from jaxeco.space import Dimension
+from jaxeco.sweeps import space
+from jaxeco.sweeps.space import Dimension
 
 if TYPE_CHECKING:
     from jaxeco.interrupt import Interrupt
     from jaxeco.plan import Plan
     from jaxeco.population import Member, Outcome
-    from jaxeco.study import Asked, Row, Study
+    from jaxeco.sweeps.study import Asked, Row, Study
 
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "qmc")
 PRUNERS = ("none", "median", "halving", "hyperband")
@@ -90,7 +91,7 @@ def main(words: list[str]) -> int:
     from jaxeco.interrupt import Interrupt
     from jaxeco.log import table
     from jaxeco.plan import plan
-    from jaxeco.study import Study, check_sampler
+    from jaxeco.sweeps.study import Study, check_sampler
 
     check_sampler(options.sampler, dimensions)
     if metric.startswith("test/"):
@@ -256,9 +257,7 @@ def train(search: Search, study: "Study", asked: "Sequence[Asked]", interrupt: "
         owners += [one] * len(theirs)
     try:
         judge = Judge(study, search, owners, members)
-        outcomes = population.train(
-            members, resume=True, interrupt=interrupt, said=say, stop=judge.stop
-        )
+        outcomes = population.train(members, resume=True, interrupt=interrupt, said=say, stop=judge)
     except (UserError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, NoNumber) or isinstance(error.__cause__, OSError):
             raise
@@ -348,10 +347,6 @@ class Judge:
         self._values: dict[tuple[int, int], list[float]] = {}
         self._over: set[int] = set()  # numbers of trials
 
-    def stop(self, i: int, step: int, scores: Mapping[str, float]) -> bool:
-        """Whether member i ends after this step."""
-        return i in self(step, {i: scores})
-
     def __call__(self, step: int, scores: Mapping[int, Mapping[str, float]]) -> Collection[int]:
         """Which of the members ends after this step; `scores` has those just evaluated."""
         due = []
@@ -375,7 +370,7 @@ class Judge:
 
 def record(search: Search, study: "Study") -> None:
     """Writes results.csv, and the best trial so far as best.py."""
-    from jaxeco.sweep_plots import best
+    from jaxeco.sweeps.plots import best
 
     rows = study.rows()
     with _alone(search.folder):
@@ -390,27 +385,27 @@ def conclude(search: Search, study: "Study") -> None:
     Raises:
       RunFailed: all trials have failed.
     """
-    from jaxeco import sweep_plots
     from jaxeco.log import table
+    from jaxeco.sweeps import plots
 
     rows = study.rows()
     record(search, study)
     say("\n" + table(count(rows), listed(search, rows)) + "\n")
     if left := sum(row.state in ("running", "waiting") for row in rows):
         say(f"{left} trials are under way or waiting: the same command with --resume takes them up")
-    first = sweep_plots.best(rows, search.direction)
+    first = plots.best(rows, search.direction)
     if first is None:
         if rows and all(row.state == "failed" for row in rows):
             raise RunFailed(f"all {len(rows)} trials failed; the first: {rows[0].why}")
         return
     with _alone(search.folder):
         about = (search.metric, search.direction)
-        sweep_plots.history(rows, *about, search.folder / "history.png")
-        sweep_plots.slices(rows, search.dimensions, *about, search.folder / "slices.png")
-        sweep_plots.parallel(rows, search.dimensions, *about, search.folder / "parallel.png")
+        plots.history(rows, *about, search.folder / "history.png")
+        plots.slices(rows, search.dimensions, *about, search.folder / "slices.png")
+        plots.parallel(rows, search.dimensions, *about, search.folder / "parallel.png")
         if shares := study.importances():
             done = sum(row.state == "complete" for row in rows)
-            sweep_plots.importance(shares, done, search.metric, search.folder / "importance.png")
+            plots.importance(shares, done, search.metric, search.folder / "importance.png")
     say(f"best: trial {first.number}, {search.metric} {shown(first.values)}")
     command_line = ["python", "-m", "jaxeco.run", str(search.loaded.path)]
     say("  " + shlex.join([*command_line, *search.words(first.params)]))
@@ -492,7 +487,7 @@ def write_best(search: Search, row: "Row", rows: "Sequence[Row]") -> None:
     same experiment there, since it looks for something beside itself, say, is not left behind.
     """
     from jaxeco import folder as folders
-    from jaxeco import rewrite
+    from jaxeco.sweeps import rewrite
 
     found = replace(search.loaded, assignments=search.words(row.params))
     wanted = config.load(found.path, found.assignments)

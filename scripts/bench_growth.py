@@ -35,7 +35,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -54,9 +54,11 @@ from jaxeco import data, losses, models, optim, schedules
 from jaxeco.data.prepare import prepare, without_tensorflow
 from jaxeco.data.tokens import Present, Windows
 from jaxeco.experiment import Experiment, MeshShape, Steps
+from jaxeco.groups import Group, How
 from jaxeco.plan import Plan, plan
 from jaxeco.plots import COLOURS
-from jaxeco.population import LONGEST, WAYS, Group, How
+from jaxeco.population import LONGEST
+from jaxeco.programs import program
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/bench/growth.json"
@@ -252,13 +254,13 @@ def per_round(p: Plan, how: How, members: int, n_steps: int) -> Callable[[], flo
     experiments = tuple(replace(p.ex, seed=seed) for seed in range(members))
     group = Group(tuple(range(members)), p, experiments, (), how)
     begin = jax.jit(p.init)
-    program, step = WAYS[how](group, [begin(np.uint32(ex.seed)) for ex in experiments]), 0
+    runs, step = program(group, [begin(np.uint32(ex.seed)) for ex in experiments]), 0
 
     def calls(n: int) -> float:
         nonlocal step
         began = time.perf_counter()
         for _ in range(n):
-            sums = program.call(step, n_steps)
+            sums = runs.call(step, n_steps)
             step += n_steps
         jax.block_until_ready(sums)
         return time.perf_counter() - began
@@ -270,7 +272,7 @@ def per_round(p: Plan, how: How, members: int, n_steps: int) -> Callable[[], flo
 
 def members() -> Iterator[Curve]:
     for name, build, sizes, n in POPULATIONS:
-        for how in WAYS:
+        for how in get_args(How):
             said(f"a step of many {name}s, {how}")
             steps = n if how == "mapped" else 1
             actions = [per_round(build(), how, size, steps) for size in sizes]

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxeco import config, parallel, population, run, session
+from jaxeco import config, parallel, population, programs, run, session
 from jaxeco.checkpoint import load
 from jaxeco.errors import RunFailed, UserError
 from jaxeco.grid import members
+from jaxeco.groups import Group, How, grouped
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import read_metrics
-from jaxeco.population import Group, Member, Outcome, grouped, train
+from jaxeco.population import Member, Outcome, train
 from jaxeco.trees import named
 
 SOURCE = """
@@ -74,6 +75,10 @@ def some(*args, folder: str = "all") -> list[Member]:
     return [dataclasses.replace(member, folder=Path(folder) / member.folder) for member in found]
 
 
+def experiments(found: list[Member]) -> list:
+    return [member.ex for member in found]
+
+
 def axes(*texts: str) -> list[config.Axis]:
     return [config.Axis.parse(text) for text in texts]
 
@@ -101,12 +106,12 @@ def alone(member: Member, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["mapped", "in turn"])
-def test_a_member_comes_to_what_it_comes_to_alone(file: Path, how: population.How) -> None:
+def test_a_member_comes_to_what_it_comes_to_alone(file: Path, how: How) -> None:
     grid = axes("lr=0.01,0.03", "decay=0,0.1", "dropout=0,0.3", "smoothing=0.0,0.2", "clip=0.5,1")
     every = some(file, (), grid, 1)
     chosen = [every[i] for i in (0, 6, 13, 21, 31)]
     chosen += some(file, ["lr=0.02"], [], 2, folder="seeds")
-    (group,) = grouped(chosen)
+    (group,) = grouped(experiments(chosen))
     assert len(group.inputs) == 5  # each of them is an input of one program
     outcomes = trained(chosen, how=how)
     assert [o.ended for o in outcomes] == ["complete"] * len(chosen)
@@ -129,7 +134,7 @@ def test_a_member_comes_to_what_it_comes_to_alone(file: Path, how: population.Ho
 
 def test_what_is_no_input_of_a_program_parts_the_groups(file: Path) -> None:
     found = some(file, (), axes("width=4,8", "warmup=0.1,0.5", "lr=0.1,0.2"), 2)
-    groups = grouped(found)
+    groups = grouped(experiments(found))
     assert [len(group.members) for group in groups] == [4, 4, 4, 4]
     assert {group.inputs for group in groups} == {("optimizer.lr.peak",)}
     assert sorted(i for group in groups for i in group.members) == list(range(16))
@@ -137,7 +142,7 @@ def test_what_is_no_input_of_a_program_parts_the_groups(file: Path) -> None:
 
 def test_a_number_just_below_1_stays_in_its_program(file: Path) -> None:
     # as an f32, 1 - 0.9999 is off by 2e-4, and with it Adam's steps
-    groups = grouped(some(file, (), axes("optimizer.b2=0.9,0.95,0.999,0.9999"), 1))
+    groups = grouped(experiments(some(file, (), axes("optimizer.b2=0.9,0.95,0.999,0.9999"), 1)))
     assert [group.members for group in groups] == [(0, 1), (2,), (3,)]
 
 
@@ -159,15 +164,15 @@ def test_members_may_hold_more_files_open_than_a_process_may_at_first(file: Path
 
 
 def test_convolutions_train_in_turn(file: Path) -> None:
-    (group,) = grouped(some(file, ["conv=true"], (), 2))
+    (group,) = grouped(experiments(some(file, ["conv=true"], (), 2)))
     assert [part.how for part in group.fitting(None)] == ["in turn"]
-    (group,) = grouped(some(file, (), (), 2))
+    (group,) = grouped(experiments(some(file, (), (), 2)))
     assert [part.how for part in group.fitting(None)] == ["mapped"]
 
 
 def test_a_group_is_split_to_fit(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = some(file, (), (), 10)
-    (group,) = grouped(found)
+    (group,) = grouped(experiments(found))
     held = group.plan
     assert group.most() > 10
     (whole,) = group.fitting("mapped")
@@ -185,14 +190,14 @@ def test_a_group_is_split_to_fit(file: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("how", ["mapped", "in turn"])
-def test_some_end_and_the_others_do_not_notice(file: Path, how: population.How) -> None:
+def test_some_end_and_the_others_do_not_notice(file: Path, how: How) -> None:
     found = some(file, (), (), 5)
     asked = []
 
-    def stop(i: int, step: int, scores) -> bool:
-        asked.append((i, step))
-        assert scores.keys() == {"test/loss", "test/accuracy"}
-        return (step, i) in {(3, 0), (6, 2), (6, 4)}
+    def stop(step: int, scores) -> list[int]:
+        asked.extend((i, step) for i in scores)
+        assert all(one.keys() == {"test/loss", "test/accuracy"} for one in scores.values())
+        return [i for at, i in ((3, 0), (6, 2), (6, 4)) if at == step]
 
     outcomes = trained(found, stop=stop, how=how)
     assert [o.ended for o in outcomes] == ["stopped", "complete", "stopped", "complete", "stopped"]
@@ -281,9 +286,9 @@ def test_patience_is_each_members_own(file: Path) -> None:
 
 def test_seeds_draw_other_orders_from_the_same_data(file: Path) -> None:
     found = some(file, (), (), 2)
-    (group,) = grouped(found)
+    (group,) = grouped(experiments(found))
     p = group.plan
-    feeds = population.Feeds(p, [0, 1, 0], lambda tree: jax.device_put(tree))
+    feeds = programs.Feeds(p, [0, 1, 0], lambda tree: jax.device_put(tree))
     fed = feeds.fed(3, 2)
     assert feeds.order == [0, 1, 0] and fed["row"].shape == (2, 2, 32)
     for u, seed in enumerate((0, 1)):

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from jaxeco import config, rewrite, run, space
+from jaxeco import config, run
 from jaxeco.config import Loaded
 from jaxeco.description import describe
 from jaxeco.errors import UserError
-from jaxeco.space import Choice, Range
+from jaxeco.sweeps import rewrite, space
+from jaxeco.sweeps.space import Choice, Range
 
 optuna = pytest.importorskip("optuna")
 
-from jaxeco import study, sweep  # noqa: E402
+from jaxeco import sweep  # noqa: E402
+from jaxeco.sweeps import study  # noqa: E402
 
 TINY = '''
 """A line through two clouds."""

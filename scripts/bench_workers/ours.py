@@ -26,8 +26,9 @@ from jaxeco.data.tokens import Present, Windows
 from jaxeco.experiment import Experiment
 from jaxeco.forward import preprocess
 from jaxeco.generate import Decoding, Sampling
+from jaxeco.groups import Group
 from jaxeco.plan import Plan, plan
-from jaxeco.population import WAYS, Group
+from jaxeco.programs import program
 from jaxeco.train import State, gradient
 from jaxeco.trees import named
 
@@ -169,12 +170,13 @@ def populates(p: Plan, state: State) -> Steps:
     group = Group(tuple(range(count)), p, experiments, ())
     begin = jax.jit(p.init)
     states = [begin(np.uint32(ex.seed)) for ex in experiments]
-    program = WAYS[group.natural()](group, states)
+    group = dataclasses.replace(group, how=group.natural())
+    runs = program(group, states)
     n = 50
 
     def steps() -> float:
         nonlocal step
-        jax.block_until_ready(program.call(step, n))
+        jax.block_until_ready(runs.call(step, n))
         step += n
         return count * n * p.ex.batch
 

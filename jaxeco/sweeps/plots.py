@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxeco import plots
-from jaxeco.space import Choice, Dimension, Value
+from jaxeco.sweeps.space import Choice, Dimension, Value
 
 if TYPE_CHECKING:
-    from jaxeco.study import Row
+    from jaxeco.sweeps.study import Row
 
 BLUE, ORANGE = plots.COLOURS[:2]
 PALE = "#8c959f"

@@ -44,9 +44,9 @@ from optuna.distributions import (
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from jaxeco import space
 from jaxeco.errors import UserError
-from jaxeco.space import Choice, Dimension, Value
+from jaxeco.sweeps import space
+from jaxeco.sweeps.space import Choice, Dimension, Value
 
 BEAT, SILENCE = 20.0, 120.0  # s: between two signs of life, and without one until death
 ALONE, DEADLY = 2, 3  # workers in a row died with a trial: it is asked for alone; has failed
