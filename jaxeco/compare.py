@@ -339,6 +339,8 @@ def sentence(pair: Pair, alpha: float, metric: str, pairs: int = 1) -> str:
       pairs: how many comparisons p was corrected for.
     """
     c, ahead, behind = pair.found, pair.ahead.label, pair.behind.label
+    if c.paired and c.difference == 0 and not math.isfinite(c.high - c.low):
+        return f"{ahead} and {behind} are not distinguishable: all {c.n[0]} pairs are equal"
     interval = f"({_level(alpha)} interval {_interval(c, metric)})"
     numbers = f"{_difference(c, metric)} {interval}, p = {_p(c.p)}"
     if pairs > 1:

@@ -243,6 +243,10 @@ class Experiment:
             raise ValueError(f"seed={self.seed}: expected 0 <= seed < 2**32")
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f"name={self.name!r}: expected a folder's name")
+        for name in ("preprocess", "augment", "eval_augment", "metrics", "eval_metrics"):
+            if not isinstance(value := getattr(self, name), tuple):
+                kind = type(value).__name__
+                raise ValueError(f"{name} is a {kind}: expected a tuple; a comma makes ({kind}(),)")
         if "train" in self.evals:
             raise ValueError("evals: 'train' is the name of the training log; choose another")
         if not self.resident_gib >= 0:
@@ -254,6 +258,9 @@ class Experiment:
         names = ("loss", *(m.name for m in (*self.metrics, *self.eval_metrics)))
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"metrics: two are called {min(twice)!r}; leave out one of them")
+        if not isinstance(self.trackers, tuple | None):
+            kind = type(self.trackers).__name__
+            raise ValueError(f"trackers is a {kind}: expected a tuple; a comma makes ({kind}(),)")
         labels = [tracker.label for tracker in self.trackers or ()]
         if several := {label for label in labels if labels.count(label) > 1}:
             raise ValueError(f"trackers: expected one {min(several)}, not several")

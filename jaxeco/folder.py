@@ -44,12 +44,32 @@ def check(name: str, workdir: Path | None, resume: bool) -> None:
     hosts.led(lambda: str(choose(name, workdir, resume)))
 
 
-def choose(name: str, workdir: Path | None, resume: bool) -> Path:
+def choose(name: str, workdir: Path | None, resume: bool, many: bool = False) -> Path:
     """The folder of this run: `workdir`, or runs/<name>, runs/<name>-2, ... so that none is lost.
 
+    Args:
+      many: it is for many runs at once.
+
     Raises:
-      UserError: the given workdir holds a run already and this one does not resume it.
+      UserError: the given workdir holds a run already and this one does not resume it; what is to
+        be resumed is many runs, and this is one, or the reverse.
     """
+    folder = _chosen(name, workdir, resume)
+    if resume and many and (folder / RECORD).exists():
+        raise UserError(
+            f"{folder} holds a single run: leave out --seeds and --grid, or choose another"
+            " --workdir"
+        )
+    if resume and not many and not (folder / RECORD).exists() and recorded(folder):
+        count = len(list(folder.glob(f"*/{RECORD}")))
+        raise UserError(
+            f"{folder} holds many runs that were started as one ({count}): resume them with --seeds"
+            " and --grid as before, or choose another --workdir"
+        )
+    return folder
+
+
+def _chosen(name: str, workdir: Path | None, resume: bool) -> Path:
     if workdir is None:
         taken = {}
         for there in Path("runs").glob(f"{glob.escape(name)}*"):
@@ -77,7 +97,7 @@ def recorded(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def claimed(name: str, workdir: Path | None, resume: bool) -> Iterator[Path]:
+def claimed(name: str, workdir: Path | None, resume: bool, many: bool = False) -> Iterator[Path]:
     """Chooses the folder, makes it, and keeps other runs out of it meanwhile.
 
     Of several processes the first does so, and the others are told which it is.
@@ -88,7 +108,7 @@ def claimed(name: str, workdir: Path | None, resume: bool) -> Iterator[Path]:
     with contextlib.ExitStack() as held:
 
         def claim() -> list[str]:
-            folder = held.enter_context(_claimed(name, workdir, resume))
+            folder = held.enter_context(_claimed(name, workdir, resume, many))
             return [str(folder), str(folder.absolute())]
 
         ours, absolute = hosts.led(claim)
@@ -119,9 +139,9 @@ def _text(path: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _claimed(name: str, workdir: Path | None, resume: bool) -> Iterator[Path]:
+def _claimed(name: str, workdir: Path | None, resume: bool, many: bool) -> Iterator[Path]:
     while True:
-        folder = choose(name, workdir, resume)
+        folder = choose(name, workdir, resume, many)
         with locked(folder):
             if not resume and holds_run(folder):  # another run was quicker since we chose
                 continue

@@ -23,9 +23,9 @@ from jaxeco.errors import RunFailed, UserError
 from jaxeco.groups import How, grouped
 from jaxeco.interrupt import Interrupt
 from jaxeco.log import table
-from jaxeco.population import Member, Outcome, check, train
-from jaxeco.runs import by_setting, read
-from jaxeco.stats import summary
+from jaxeco.population import Member, check, train
+from jaxeco.runs import by_setting, find
+from jaxeco.stats import plus_minus, summary
 
 LONGEST = 200  # bytes of a folder's name; file systems take 255
 
@@ -108,7 +108,7 @@ def run(
     """
     every = members(file, words, axes, seeds)
     check(every[0].ex)
-    with folders.claimed(every[0].ex.name, workdir, resume) as folder:
+    with folders.claimed(every[0].ex.name, workdir, resume, many=True) as folder:
         all_members = [replace(member, folder=folder / member.folder) for member in every]
         print(f"{len(all_members)} runs of {file} in {folder}", flush=True)
         with Interrupt() as interrupt:
@@ -120,13 +120,16 @@ def run(
                 stop_at=stop_at,
                 how=how,
             )
-        show(folder, outcomes)
+        show(folder)
+    early = [o for o in outcomes if o.ended == "interrupted"]
+    if early:
+        why = interrupt.signal.name if interrupt.signal else "--steps"
+        print(f"{why}: {len(early)} of {len(outcomes)} are saved, to go on with --resume")
     if interrupt.signal:
-        print(f"{interrupt.signal.name}: saved; --resume goes on from there")
         return interrupt.exit_status
     if bad := [o for o in outcomes if o.ended == "diverged"]:
         one = f"{bad[0].member.folder.name}: {bad[0].why}"
-        raise RunFailed(f"{len(bad)} of {len(outcomes)} runs diverged, the others go on; {one}")
+        raise RunFailed(f"{len(bad)} of {len(outcomes)} runs diverged, the others did not; {one}")
     return 0
 
 
@@ -144,26 +147,23 @@ def dry_run(
     return 0
 
 
-def show(folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """Writes results.csv, a line for each run, and prints a table of settings."""
-    runs = [read(outcome.member.folder) for outcome in outcomes]
-    columns = dict.fromkeys(name for outcome in outcomes for name in outcome.scores)
+def show(folder: Path) -> None:
+    """Writes results.csv, a line for each run in the folder, and prints a table of settings."""
+    runs = find(folder)
+    columns = dict.fromkeys(name for run in runs for name in run.scores)
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["run", "seed", "step", "ended", *columns])
-    for outcome in outcomes:
-        cells = [outcome.scores[c] if c in outcome.scores else "" for c in columns]
-        ex = outcome.member.ex
-        lines.writerow([outcome.member.folder.name, ex.seed, outcome.step, outcome.ended, *cells])
+    for run in runs:
+        cells = [run.scores[c] if c in run.scores else "" for c in columns]
+        lines.writerow([run.folder.name, run.seed, run.step, run.ended, *cells])
     folders.write(folder / "results.csv", text.getvalue())
     rows: list[Sequence[object]] = [("setting", "n", *columns)]
-    bad = {outcome.member.folder for outcome in outcomes if outcome.ended == "diverged"}
-    for label, group in by_setting([run for run in runs if run.folder not in bad]).items():
-        texts = []
-        for name in columns:
-            values = [value for run in group if (value := run.last(name)) is not None]
-            texts.append(str(summary(values)) if values else "")
-        rows.append((label, len(group), *texts))
-    without = f", without the {len(bad)} that diverged" if bad else ""
+    good = [run for run in runs if run.ended != "diverged"]
+    for label, group in by_setting(good).items():
+        found = [[run.scores[c] for run in group if c in run.scores] for c in columns]
+        told = [summary(values) if values else None for values in found]
+        rows.append((label, len(group), *(plus_minus(s.mean, s.sd) if s else "" for s in told)))
+    without = f", without the {len(runs) - len(good)} that diverged" * (len(good) < len(runs))
     print("\n" + table(f"{len(runs)} runs, mean ± sd{without}", rows))
     print(f"\n{folder / 'results.csv'} has each; python -m jaxeco.report {folder} draws them")

@@ -450,7 +450,8 @@ def drawn(settings: Sequence[Setting], metric: str) -> dict[str, Any]:
     for setting in settings:
         found = {}
         for name in names:
-            if of := [told.curves[name] for told in setting.runs if name in told.curves]:
+            drawn = setting.counted or setting.runs
+            if of := [told.curves[name] for told in drawn if name in told.curves]:
                 steps, band = banded(of, points)
                 found[name] = {"grid": grids.setdefault(steps, len(grids)), **band}
         told_settings.append({"label": setting.label, "curves": found})

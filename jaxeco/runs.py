@@ -5,6 +5,7 @@ lie in one folder, each in a folder of its own. Nothing here runs an experiment'
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ import numpy as np
 from jaxeco.description import differing, flatten
 from jaxeco.errors import UserError
 from jaxeco.folder import RECORD, read_result
-from jaxeco.log import FILE, read_metrics
+from jaxeco.log import FILE, PACE, read_metrics
 
 DEEPEST = 3  # folders below the one that is asked for
 READABLE = 6  # values in a label
@@ -83,6 +84,22 @@ class Run:
         _, values = self.curve(metric)
         return float(values[-1]) if len(values) else None
 
+    @property
+    def step(self) -> int:
+        """Steps it has taken, as far as it has told."""
+        return max((line["step"] for line in self.metrics), default=0)
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """The latest evaluation of each split, by "split/metric": what is one number."""
+        latest = {line["split"]: line for line in self.metrics if line["split"] != "train"}
+        return {
+            f"{split}/{name}": float(value)
+            for split, line in latest.items()
+            for name, value in line.items()
+            if isinstance(value, int | float) and not PACE.fullmatch(name)
+        }
+
     def best(self, metric: str) -> float | None:
         """The value of "split/metric" at the run's best step; None if it has none."""
         best = self.result["best"] if self.result and "best" in self.result else {}
@@ -91,9 +108,8 @@ class Run:
     @cached_property
     def ended(self) -> Ended:
         """How the run came to where it is."""
-        step = max((line["step"] for line in self.metrics), default=0)
         result = self.result
-        if result and result["step"] < step:  # it has gone on since
+        if result and result["step"] < self.step:  # it has gone on since
             result = None
         if result and "ended" in result:
             return result["ended"]
@@ -152,7 +168,7 @@ def find(path: Path) -> list[Run]:
     depths = range(DEEPEST + 1)
     folders = {file.parent for depth in depths for file in path.glob("*/" * depth + RECORD)}
     if folders:
-        return [read(folder) for folder in sorted(folders)]
+        return [read(folder) for folder in sorted(folders, key=_by_numbers)]
     raise UserError(f"{path} holds no run: no {RECORD} in it, nor in the folders below it")
 
 
@@ -171,6 +187,12 @@ def by_setting(runs: Iterable[Run]) -> dict[str, list[Run]]:
         keys = [key for key in groups if key[0] == name]
         labels |= zip(keys, _labels([groups[key][0] for key in keys]), strict=True)
     return {labels[key]: group for key, group in groups.items()}
+
+
+def _by_numbers(path: Path) -> list[str | int]:
+    """A key that sorts seed=2 before seed=10."""
+    words = re.split(r"(\d+)", str(path))
+    return [int(word) if i % 2 else word for i, word in enumerate(words)]
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

@@ -215,8 +215,14 @@ def choose(name: str, workdir: Path | None, resume: bool, storage: str | None) -
 
     A `workdir` is what it is; workers that share a storage have one of the same name; any other
     sweep has runs/<name>-sweep, or the next number that is free, so that none is lost.
+
+    Raises:
+      UserError: `workdir` has other contents.
     """
     if workdir is not None:
+        ours = any((workdir / name).exists() for name in ("study.db", ".workers"))
+        if workdir.is_dir() and not ours and any(workdir.iterdir()):
+            raise UserError(f"{workdir} holds other things than a sweep: choose another --workdir")
         return workdir
     base = Path("runs") / f"{name}-sweep"
     if storage is not None:
@@ -406,12 +412,15 @@ def conclude(search: Search, study: "Study") -> None:
         if shares := study.importances():
             done = sum(row.state == "complete" for row in rows)
             plots.importance(shares, done, search.metric, search.folder / "importance.png")
-    say(f"best: trial {first.number}, {search.metric} {shown(first.values)}")
+    where = search.folder / first.folder
+    say(f"best: trial {first.number}, {search.metric} {shown(first.values)}, in {where}")
     command_line = ["python", "-m", "jaxeco.run", str(search.loaded.path)]
     say("  " + shlex.join([*command_line, *search.words(first.params)]))
     if (path := search.folder / "best.py").exists():
         say(f"  python -m jaxeco.run {path}")
-    say("It is the best of many, and in part by luck: run it with seeds of its own to know.")
+        fresh = search.loaded.experiment.seed + max(1, search.seeds)
+        say("It is the best of many, and in part by luck. To know, run it with other seeds:")
+        say(f"  python -m jaxeco.run {path} --seeds 8 seed={fresh}")
 
 
 def count(rows: "Sequence[Row]") -> str:

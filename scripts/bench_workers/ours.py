@@ -174,10 +174,14 @@ def populates(p: Plan, state: State) -> Steps:
     runs = program(group, states)
     n = 50
 
+    before = None
+
     def steps() -> float:
-        nonlocal step
-        jax.block_until_ready(runs.call(step, n))
-        step += n
+        """Hands in the next call and waits for the one before, as a population's loop does."""
+        nonlocal step, before
+        sums = runs.call(step, n)
+        jax.block_until_ready(before)
+        step, before = step + n, sums
         return count * n * p.ex.batch
 
     return steps
