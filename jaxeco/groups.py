@@ -14,7 +14,7 @@ import jax
 import jax.extend
 import numpy as np
 
-from jaxeco import parallel
+from jaxeco import onednn, parallel
 from jaxeco.data.pipeline import fits
 from jaxeco.description import describe, differing, flatten, replaced
 from jaxeco.errors import UserError
@@ -95,7 +95,8 @@ class Group:
     def natural(self) -> How:
         """In turn, where a step has operations that have no fast way for several kernels."""
         p = self.plan
-        step = jax.make_jaxpr(p.step)(jax.eval_shape(p.init), shapes(p.train, p.ex.batch))
+        with onednn.alone():
+            step = jax.make_jaxpr(p.step)(jax.eval_shape(p.init), shapes(p.train, p.ex.batch))
         return "in turn" if any(name in SINGLE for name in operations(step.jaxpr)) else "mapped"
 
     def most(self) -> int:

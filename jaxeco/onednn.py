@@ -71,12 +71,25 @@ def left_out() -> Iterator[None]:
         _left_out.reset(token)
 
 
+_alone = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What is traced within computes on one device, though there be others."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def usable(*arrays: jax.Array) -> bool:
     """Whether arrays of these dtypes are oneDNN's business, here."""
     return (
         not _left_out.get()
         and jax.default_backend() == "cpu"
-        and jax.device_count() == 1
+        and (jax.device_count() == 1 or _alone.get())
         and all(a.size for a in arrays)
         and {a.dtype.name for a in arrays} in ({"float32"}, {"bfloat16"})
         and _library() is not None

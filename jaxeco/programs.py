@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxeco import parallel
+from jaxeco import onednn, parallel
 from jaxeco.data.pipeline import Feed, fits
 from jaxeco.evaluate import Evaluator
 from jaxeco.groups import Group, Numbers
@@ -143,12 +143,18 @@ class Mapped:
         return [*which, *[which[0]] * (-len(which) % len(self.devices))]
 
 
+def dealt_to() -> list[jax.Device]:
+    """The devices that members in turn are dealt to: of a CPU one, since a call takes all cores."""
+    devices = jax.local_devices()
+    return devices[:1] if devices[0].platform == "cpu" else devices
+
+
 class InTurn:
     """A program of one member, called for each; the devices take members as cards are dealt."""
 
     def __init__(self, group: Group, states: Sequence[State]) -> None:
         self.group, p = group, group.plan
-        devices = jax.local_devices()[: len(states)]
+        devices = dealt_to()[: len(states)]
         self.where = [devices[i % len(devices)] for i in range(len(states))]
         self.place = place = partial(jax.device_put, device=devices[0])
         self.feeds = Feeds(p, [ex.seed for ex in group.experiments], place)
@@ -162,9 +168,9 @@ class InTurn:
         def steps(state: State, numbers: Numbers, resident: Any, fed_n: Any) -> tuple[State, Any]:
             return many_steps(group.computing(numbers).step, state, resident, fed_n)
 
-        self.steps = jax.jit(steps, donate_argnums=0)
+        self.steps = jax.jit(onednn.alone()(steps), donate_argnums=0)
         self.evaluators = {
-            split: Evaluator(p.ex, data, group.evaluation(split), jax.jit, place)
+            split: Evaluator(p.ex, data, onednn.alone()(group.evaluation(split)), jax.jit, place)
             for split, data in p.evals.items()
         }
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jaxeco import command, config, stats
+from jaxeco import command, config, runtime, stats
 from jaxeco.claims import Claim, read
 from jaxeco.errors import UserError
 from jaxeco.stats import Summary
@@ -147,6 +147,7 @@ def check_free(folders: Iterable[Path]) -> None:
 
 def reproduced(trials: Sequence[Trial], resume: bool, alpha: float) -> int:
     """Trains, and says of each claim what has become of it; returns the exit status."""
+    runtime.split_cpu()
     from jaxeco import population
     from jaxeco.interrupt import Interrupt
 

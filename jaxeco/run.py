@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxeco import cluster, command, config
+from jaxeco import cluster, command, config, runtime
 
 
 def steps(text: str) -> tuple[int, ...]:
@@ -138,6 +138,7 @@ def main(words: list[str]) -> int:
 
 
 def many(options: argparse.Namespace) -> int:
+    runtime.split_cpu()
     from jaxeco import grid
 
     what = options.file, options.assignments, options.grid, options.seeds or 1

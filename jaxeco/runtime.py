@@ -51,6 +51,20 @@ def restart_with_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def split_cpu() -> None:
+    """Presents a CPU as one device for each of its cores; for many runs, which share out devices.
+
+    XLA leaves cores idle in operations as small as theirs, which whole members keep busy. A count
+    of the user's in XLA_FLAGS stays as it is; accelerators are what they are. It has to be called
+    before JAX starts its devices.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = "--xla_force_host_platform_device_count"
+    flags = os.environ["XLA_FLAGS"] if "XLA_FLAGS" in os.environ else ""
+    if name not in flags:
+        os.environ["XLA_FLAGS"] = f"{name}={cores} {flags}".strip()
+
+
 def configure(fake_devices: int | None = None) -> None:
     """Sets XLA's flags and JAX's environment; what the user has set already stays as it is.
 

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxeco import command, config, storage
+from jaxeco import command, config, runtime, storage
 from jaxeco.config import Loaded
 from jaxeco.description import describe
 from jaxeco.errors import RunFailed, UserError
@@ -86,6 +86,7 @@ def main(words: list[str]) -> int:
     if options.sampler == "grid":
         points = len(space.grid(dimensions))
         trials = min(options.trials or points, points)
+    runtime.split_cpu()
     import jax  # from here on it is awake
 
     from jaxeco.interrupt import Interrupt

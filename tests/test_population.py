@@ -190,7 +190,10 @@ def test_a_group_is_split_to_fit(file: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("how", ["mapped", "in turn"])
-def test_some_end_and_the_others_do_not_notice(file: Path, how: How) -> None:
+def test_some_end_and_the_others_do_not_notice(
+    file: Path, how: How, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programs, "dealt_to", jax.local_devices)  # as of accelerators
     found = some(file, (), (), 5)
     asked = []
 

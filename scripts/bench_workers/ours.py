@@ -13,6 +13,8 @@ from jaxeco import config, runtime
 if __name__ == "__main__":
     runtime.restart_with_huge_pages()  # as every command of jaxeco
 runtime.configure()
+if WORKLOAD in ("digits_16", "mlp_16", "lenet_4_16"):  # as jaxeco.run --seeds does
+    runtime.split_cpu()
 
 import flax
 import jax
