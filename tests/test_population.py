@@ -221,8 +221,8 @@ def test_one_that_diverges_is_named_and_the_others_go_on(file: Path, capsys) -> 
     results = (Path("runs/many/results.csv")).read_text().splitlines()
     assert [line.split(",")[:5] for line in results[1:]] == [
         ['"lr=0.01', 'seed=0"', "0", "12", "complete"],
-        ['"lr=1e38', 'seed=0"', "0", results[2].split(",")[3], "diverged"],
         ['"lr=0.02', 'seed=0"', "0", "12", "complete"],
+        ['"lr=1e38', 'seed=0"', "0", results[3].split(",")[3], "diverged"],
     ]
     shown = capsys.readouterr().out
     assert "many lr=0.02" in shown and "lr=1e38 " not in shown and "without the 1 that" in shown
