@@ -109,8 +109,7 @@ def train(
     whole = grouped([member.ex for member in members])
     groups = [part for group in whole for part in group.fitting(how)]
     for i, group in enumerate(groups):
-        if len(groups) > 1:
-            said(f"group {i + 1} of {len(groups)}: {group}")
+        said(f"group {i + 1} of {len(groups)}: {group}" if len(groups) > 1 else f"{group}")
         with ExitStack() as opened:
             runs = [
                 opened.enter_context(Training(i, members[i], group.plan.of(members[i].ex), resume))

@@ -221,8 +221,8 @@ def choose(name: str, workdir: Path | None, resume: bool, storage: str | None) -
       UserError: `workdir` has other contents.
     """
     if workdir is not None:
-        ours = any((workdir / name).exists() for name in ("study.db", ".workers"))
-        if workdir.is_dir() and not ours and any(workdir.iterdir()):
+        found = [path.name for path in workdir.iterdir()] if workdir.is_dir() else []
+        if found and not any(name.startswith((".", "study.db")) for name in found):
             raise UserError(f"{workdir} holds other things than a sweep: choose another --workdir")
         return workdir
     base = Path("runs") / f"{name}-sweep"

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -105,31 +106,33 @@ def alone(member: Member, folder: Path) -> None:
     assert session.run(loaded, folder, False, None) == 0
 
 
-@pytest.mark.parametrize("how", ["mapped", "in turn"])
-def test_a_member_comes_to_what_it_comes_to_alone(file: Path, how: How) -> None:
+def test_a_member_comes_to_what_it_comes_to_alone(file: Path) -> None:
     grid = axes("lr=0.01,0.03", "decay=0,0.1", "dropout=0,0.3", "smoothing=0.0,0.2", "clip=0.5,1")
     every = some(file, (), grid, 1)
     chosen = [every[i] for i in (0, 6, 13, 21, 31)]
     chosen += some(file, ["lr=0.02"], [], 2, folder="seeds")
     (group,) = grouped(experiments(chosen))
     assert len(group.inputs) == 5  # each of them is an input of one program
-    outcomes = trained(chosen, how=how)
-    assert [o.ended for o in outcomes] == ["complete"] * len(chosen)
     for i in (0, 3, 6):
         alone(chosen[i], Path(f"alone{i}"))
-        assert_close(chosen[i].folder, Path(f"alone{i}"))
-        ours, theirs = (read_metrics(f) for f in (chosen[i].folder, Path(f"alone{i}")))
-        ours, theirs = (
-            {line["step"]: line for line in lines if line["split"] == "test"}
-            for lines in (ours, theirs)
-        )
-        assert ours.keys() == theirs.keys() == {3, 6, 9, 12}
-        for step in ours:
-            assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)
-            assert ours[step]["accuracy"] == theirs[step]["accuracy"]
-        assert outcomes[i].scores["test/loss"] == pytest.approx(theirs[12]["loss"], rel=1e-5)
-    losses = [o.scores["test/loss"] for o in outcomes]
-    assert len(set(losses)) == len(losses)
+    for how in get_args(How):
+        those = [dataclasses.replace(member, folder=Path(how) / member.folder) for member in chosen]
+        outcomes = trained(those, how=how)
+        assert [o.ended for o in outcomes] == ["complete"] * len(chosen)
+        for i in (0, 3, 6):
+            assert_close(those[i].folder, Path(f"alone{i}"))
+            ours, theirs = evaluations(those[i].folder), evaluations(Path(f"alone{i}"))
+            assert ours.keys() == theirs.keys() == {3, 6, 9, 12}
+            for step in ours:
+                assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)
+                assert ours[step]["accuracy"] == theirs[step]["accuracy"]
+            assert outcomes[i].scores["test/loss"] == pytest.approx(theirs[12]["loss"], rel=1e-5)
+        losses = [o.scores["test/loss"] for o in outcomes]
+        assert len(set(losses)) == len(losses)
+
+
+def evaluations(folder: Path) -> dict[int, dict]:
+    return {line["step"]: line for line in read_metrics(folder) if line["split"] == "test"}
 
 
 def test_what_is_no_input_of_a_program_parts_the_groups(file: Path) -> None:

@@ -305,7 +305,9 @@ def test_many_runs_make_a_small_page(tmp_path: Path, reported: Report) -> None:
 def test_all_curves_together_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "ALL_POINTS", 200)
     curve = {step: 0.0 for step in range(100)}
-    told = [SimpleNamespace(curves={"test/loss": curve, "train/loss": curve}) for _ in range(4)]
+    run = SimpleNamespace(seed=0, ended="complete")
+    curves = {"test/loss": curve, "train/loss": curve}
+    told = [SimpleNamespace(run=run, curves=curves) for _ in range(4)]
     settings: Any = [report.Setting(f"{i}", [told[i]]) for i in range(4)]  # type: ignore[list-item]
     drawn = report.drawn(settings, "test/loss")
     lengths = {len(c["mean"]) for s in drawn["settings"] for c in s["curves"].values()}

@@ -219,7 +219,9 @@ def test_fields_are_set_by_a_wrapper(tiny: Path) -> None:
         "def experiment(ü='ü', lr: float = (1.0)): return tiny.experiment(lr)\n",
     ],
 )
-def test_other_shapes_of_files(tiny: Path, source: str) -> None:
+def test_other_shapes_of_files(tiny: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tiny.parent)  # other tests have files of that name
+    monkeypatch.delitem(sys.modules, "tiny", raising=False)
     path = tiny.with_name("other.py")
     path.write_text(source)
     text, best = rewritten(path, "lr=0.25")
